@@ -1,0 +1,166 @@
+package v1
+
+import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+// LogStream selects which output of an instance is returned.
+// +enum
+type LogStream string
+
+const (
+	// LogStreamAll is standard output and standard error, in the order of
+	// their times.
+	LogStreamAll LogStream = "All"
+	// LogStreamStdout is standard output alone.
+	LogStreamStdout LogStream = "Stdout"
+	// LogStreamStderr is standard error alone.
+	LogStreamStderr LogStream = "Stderr"
+)
+
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:conversion-gen:explicit-from=net/url.Values
+
+// TargetLogOptions is the query of a GET of targets/log.
+type TargetLogOptions struct {
+	metav1.TypeMeta `json:",inline"`
+
+	// instance names the instance; the first ready one if not given, or else
+	// the first.
+	// +optional
+	Instance string `json:"instance,omitempty"`
+
+	// follow keeps the response open and sends new lines as they come.
+	// +optional
+	Follow bool `json:"follow,omitempty"`
+
+	// previous reads the log of the instance's last run instead of its
+	// present one.
+	// +optional
+	Previous bool `json:"previous,omitempty"`
+
+	// sinceSeconds leaves out lines older than so many seconds; at least 1. At
+	// most one of sinceSeconds, sinceTime and resumeAfter may be given.
+	// +optional
+	SinceSeconds *int64 `json:"sinceSeconds,omitempty"`
+
+	// sinceTime leaves out lines from before this time.
+	// +optional
+	SinceTime *metav1.Time `json:"sinceTime,omitempty"`
+
+	// resumeAfter is an RFC 3339 time with nanoseconds, as timestamps prints
+	// it. Only lines from after it are returned, those of earlier runs of the
+	// instance too: the times of an instance's lines strictly increase, so
+	// that this is an exact cursor. It needs instance, and excludes previous
+	// and tailLines.
+	// +optional
+	ResumeAfter string `json:"resumeAfter,omitempty"`
+
+	// timestamps puts the time of each line, in RFC 3339 with nanoseconds, and
+	// a space before it.
+	// +optional
+	Timestamps bool `json:"timestamps,omitempty"`
+
+	// tailLines returns the last lines only, so many; 0 or more.
+	// +optional
+	TailLines *int64 `json:"tailLines,omitempty"`
+
+	// limitBytes ends the response after so many bytes; at least 1. The last
+	// line may be cut.
+	// +optional
+	LimitBytes *int64 `json:"limitBytes,omitempty"`
+
+	// stream selects All (the default), Stdout or Stderr.
+	// +optional
+	Stream LogStream `json:"stream,omitempty"`
+
+	// allInstances returns the logs of all instances, and excludes instance.
+	// When following, instances that come later are followed too.
+	// +optional
+	AllInstances bool `json:"allInstances,omitempty"`
+
+	// prefix puts the instance's name in brackets, and a space, before each
+	// line, and before its time.
+	// +optional
+	Prefix bool `json:"prefix,omitempty"`
+}
+
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:conversion-gen:explicit-from=net/url.Values
+
+// TargetExecOptions is the query of a request to targets/exec.
+type TargetExecOptions struct {
+	metav1.TypeMeta `json:",inline"`
+
+	// instance names the instance; the first ready one if not given.
+	// +optional
+	Instance string `json:"instance,omitempty"`
+
+	// stdin sends the client's standard input to the command.
+	// +optional
+	Stdin bool `json:"stdin,omitempty"`
+
+	// stdout returns the command's standard output.
+	// +optional
+	Stdout bool `json:"stdout,omitempty"`
+
+	// stderr returns the command's standard error. A terminal has none of its
+	// own: it excludes tty.
+	// +optional
+	Stderr bool `json:"stderr,omitempty"`
+
+	// tty gives the command a terminal.
+	// +optional
+	TTY bool `json:"tty,omitempty"`
+
+	// command is the program and its arguments. It isn't run in a shell.
+	// +listType=atomic
+	Command []string `json:"command"`
+}
+
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:conversion-gen:explicit-from=net/url.Values
+
+// TargetAttachOptions is the query of a request to targets/attach.
+type TargetAttachOptions struct {
+	metav1.TypeMeta `json:",inline"`
+
+	// instance names the instance; the first ready one if not given.
+	// +optional
+	Instance string `json:"instance,omitempty"`
+
+	// stdin sends the client's standard input to the instance, which must have
+	// one.
+	// +optional
+	Stdin bool `json:"stdin,omitempty"`
+
+	// stdout returns the instance's standard output from now on.
+	// +optional
+	Stdout bool `json:"stdout,omitempty"`
+
+	// stderr returns the instance's standard error from now on. A terminal has
+	// none of its own: it excludes tty.
+	// +optional
+	Stderr bool `json:"stderr,omitempty"`
+
+	// tty says that the client is a terminal. The instance must have one too.
+	// +optional
+	TTY bool `json:"tty,omitempty"`
+}
+
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:conversion-gen:explicit-from=net/url.Values
+
+// TargetPortForwardOptions is the query of a request to targets/portforward.
+type TargetPortForwardOptions struct {
+	metav1.TypeMeta `json:",inline"`
+
+	// instance names the instance; the first ready one if not given.
+	// +optional
+	Instance string `json:"instance,omitempty"`
+
+	// ports, when given, are the only ports that the session may forward. The
+	// legacy WebSocket protocol needs them, and numbers its channels by their
+	// order.
+	// +optional
+	// +listType=atomic
+	Ports []int32 `json:"ports,omitempty"`
+}

@@ -1,0 +1,38 @@
+//go:build deps
+
+package deps
+
+import (
+	_ "github.com/creack/pty"
+	_ "github.com/google/go-cmp/cmp"
+	_ "github.com/google/go-cmp/cmp/cmpopts"
+	_ "github.com/gorilla/websocket"
+	_ "github.com/k3s-io/kine/pkg/drivers/pgsql"
+	_ "github.com/k3s-io/kine/pkg/drivers/sqlite"
+	_ "github.com/k3s-io/kine/pkg/server"
+	_ "github.com/spf13/cobra"
+	_ "go.uber.org/goleak"
+	_ "golang.org/x/net/websocket"
+	_ "golang.org/x/sync/errgroup"
+	_ "golang.org/x/sys/unix"
+	_ "golang.org/x/term"
+	_ "golang.org/x/time/rate"
+	_ "k8s.io/apiserver/pkg/server/options"
+	_ "k8s.io/cli-runtime/pkg/genericclioptions"
+	_ "k8s.io/client-go/kubernetes"
+	_ "k8s.io/client-go/tools/portforward"
+	_ "k8s.io/client-go/tools/remotecommand"
+	_ "k8s.io/client-go/tools/leaderelection"
+	_ "k8s.io/client-go/scale"
+	_ "k8s.io/client-go/dynamic"
+	_ "k8s.io/component-base/cli"
+	_ "k8s.io/component-base/metrics/legacyregistry"
+	_ "k8s.io/cri-streaming/pkg/streaming"
+	_ "k8s.io/kubectl/pkg/cmd/util"
+	_ "k8s.io/kubectl/pkg/util/completion"
+	_ "k8s.io/kubectl/pkg/util/term"
+	_ "k8s.io/streaming/pkg/httpstream/spdy"
+	_ "k8s.io/utils/clock/testing"
+	_ "modernc.org/sqlite"
+	_ "sigs.k8s.io/yaml"
+)

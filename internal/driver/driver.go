@@ -1,0 +1,252 @@
+// Package driver is the contract between the server and what its targets are
+// made of. A driver reaches the instances of one kind of source; what else it
+// can do it says by the optional interfaces that its Conn and it implement.
+//
+// The conformance suite in drivertest states the contract as tests; every
+// driver passes it.
+package driver
+
+import (
+	"context"
+	"io"
+	"net"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+)
+
+// Driver reaches the instances of one kind of source. Its methods may be
+// called from many goroutines at once.
+type Driver interface {
+	// Open reaches an instance. It fails with NotFound if there is no such
+	// instance and with Unavailable if it can't be reached. That the instance
+	// runs is checked by the abilities that need it: a log outlives it.
+	//
+	// The caller closes the Conn. ctx bounds Open alone.
+	Open(ctx context.Context, req Request) (Conn, error)
+}
+
+// Request names an instance and carries what a driver needs to reach it.
+type Request struct {
+	// Target is the instance's target. Drivers don't change it.
+	Target *v1.Target
+	// Instance is the instance's name, one of the target's.
+	Instance string
+	// Dial is the only way for a driver to make a network connection: it
+	// checks the resolved address against the target's class.
+	Dial DialFunc
+	// Secret holds the credentials that the target refers to, nil if it
+	// refers to none.
+	Secret *corev1.Secret
+}
+
+// DialFunc is net.Dialer.DialContext's signature.
+type DialFunc func(ctx context.Context, network, address string) (net.Conn, error)
+
+// Conn is an open instance. What can be done with it are the optional
+// interfaces Execer, Attacher, Logger and PortDialer. Close ends what is left
+// of it, may be called twice, and is called after everything started through
+// the Conn has returned.
+type Conn interface {
+	Close() error
+}
+
+// Run carries out what was prepared, and returns when it has ended and nothing
+// of it is left: the command and all that it started are gone, what they wrote
+// has been written on.
+//
+// It returns nil for exit code 0, an *ExitError for another, and
+// context.Cause(ctx) if ctx ended it. It is called at most once; closing the
+// Conn instead releases what was prepared.
+type Run func(ctx context.Context, stdio Stdio) error
+
+// Stdio is the client's side of a command. Each stream is nil if the client
+// didn't ask for it.
+type Stdio struct {
+	// Stdin is what the client sends; it ends with io.EOF when the client
+	// closes its side. Close says that no more is wanted and unblocks a Read,
+	// so that a Run can wait for the goroutine that reads.
+	Stdin io.ReadCloser
+	// Stdout and Stderr block while the client is slow. They fail once it has
+	// gone; the context ends then, too. Stderr is nil with a terminal.
+	Stdout, Stderr io.Writer
+	// Resize delivers the sizes of the client's terminal. It is closed when no
+	// more will come, and nil without a terminal.
+	Resize <-chan TerminalSize
+}
+
+// TerminalSize is the size of a terminal in characters.
+type TerminalSize struct {
+	Width, Height uint16
+}
+
+// Execer runs commands beside an instance.
+type Execer interface {
+	// Exec prepares a command as far as can be done without a client. It fails
+	// with NotRunning if the instance doesn't run, and with Invalid if the
+	// command can't be run, saying why.
+	Exec(ctx context.Context, opts ExecOptions) (Run, error)
+}
+
+// ExecOptions is a command to run.
+type ExecOptions struct {
+	// Command is the program and its arguments; never empty.
+	Command []string
+	// TTY gives the command a terminal.
+	TTY bool
+}
+
+// Attacher joins an instance's own standard streams.
+type Attacher interface {
+	// Attach prepares to join. It fails with NotRunning if the instance
+	// doesn't run, and with Invalid if it lacks the stdin or terminal that is
+	// asked for. Run delivers what the instance writes from then on, until the
+	// instance ends: then it returns as for a command, with the instance's
+	// exit code. That the client leaves, or its stdin ends, leaves the
+	// instance and its stdin as they are.
+	Attach(ctx context.Context, opts AttachOptions) (Run, error)
+}
+
+// AttachOptions says what the client wants to join.
+type AttachOptions struct {
+	Stdin, TTY bool
+}
+
+// Logger reads an instance's log.
+type Logger interface {
+	// Logs opens the log. It fails with NotFound if what is asked for doesn't
+	// exist: a previous run, for example. An instance that hasn't started yet
+	// has an empty log.
+	Logs(ctx context.Context, opts LogOptions) (LogReader, error)
+}
+
+// LogOptions selects lines. The zero value selects the whole log of the
+// present or, if the instance doesn't run, the last run.
+type LogOptions struct {
+	// Previous selects the run before that one.
+	Previous bool
+	// Follow waits for more lines, through restarts, until the instance is
+	// removed or has ended and won't be started again.
+	Follow bool
+	// Since leaves out lines from before it.
+	Since time.Time
+	// After leaves out lines up to and including it, and selects those of all
+	// runs.
+	After time.Time
+	// Tail selects so many of the last lines. nil selects all.
+	Tail *int64
+	// Stream selects one stream; "" or All both.
+	Stream v1.LogStream
+}
+
+// LogReader reads the lines of one instance in the order of their times.
+type LogReader interface {
+	// Next returns the next line, waiting for it when following, or io.EOF
+	// after the last one. The line's Data is valid until the next call.
+	Next(ctx context.Context) (LogLine, error)
+	Close() error
+}
+
+// MaxLogLine bounds LogLine.Data, in bytes. A longer line is split.
+const MaxLogLine = 16 << 10
+
+// LogLine is a line of a log, or a part of one.
+type LogLine struct {
+	// Time strictly increases from line to line of an instance, through
+	// restarts of the instance and of its agent.
+	Time time.Time
+	// Stream is Stdout or Stderr.
+	Stream v1.LogStream
+	// Data is the line without its newline.
+	Data []byte
+	// Partial says that the line goes on in the next LogLine of the same
+	// stream.
+	Partial bool
+}
+
+// PortDialer connects to an instance's ports.
+type PortDialer interface {
+	// DialPort connects to a port of the instance, by its number in the spec
+	// where that lists it. Whether it may be forwarded has been decided. It
+	// fails with Unavailable, saying why, if nothing answers. ctx bounds the
+	// dialling alone.
+	DialPort(ctx context.Context, port uint16) (Stream, error)
+}
+
+// Stream is a connection whose directions end independently. *net.TCPConn is
+// one.
+type Stream interface {
+	io.ReadWriteCloser
+	// CloseWrite ends the direction to the port; reading goes on.
+	CloseWrite() error
+}
+
+// Host is a driver that runs the instances itself. The agent is its only
+// caller: it decides what runs when.
+type Host interface {
+	Driver
+
+	// Start runs an instance that doesn't run. It returns when the instance
+	// has been started, or with an error when it can't be, which is Invalid if
+	// the spec is at fault. Until Remove, the instance is in List.
+	Start(ctx context.Context, instance Instance) error
+
+	// Stop asks an instance to end and returns at once: SIGTERM now, SIGKILL
+	// to all that is left of it after the grace period. Stopping again with an
+	// earlier end brings the end forward. It does nothing if the instance
+	// doesn't run.
+	Stop(ctx context.Context, id InstanceID, grace time.Duration) error
+
+	// Remove forgets an instance that doesn't run, and deletes its log.
+	// Followers of the log end.
+	Remove(ctx context.Context, id InstanceID) error
+
+	// Retain deletes what is left on disk of targets other than these.
+	Retain(ctx context.Context, targets []types.UID) error
+
+	// List returns all instances that were started and not removed.
+	List(ctx context.Context) ([]InstanceStatus, error)
+
+	// Changes delivers the UID of a target after a change to the state of one
+	// of its instances. Changes that nobody has received yet are merged. It
+	// has a single receiver.
+	Changes() <-chan types.UID
+
+	// Close kills everything that runs and returns when nothing is left.
+	Close() error
+}
+
+// InstanceID names an instance for as long as its target exists.
+type InstanceID struct {
+	Target types.UID
+	Name   string
+}
+
+// Instance is what a Host starts.
+type Instance struct {
+	// Target says what to run. Its spec is in force until the next Start.
+	Target *v1.Target
+	Name   string
+	// Ports says where the instance is to listen, each with its HostPort.
+	Ports []v1.InstancePort
+}
+
+// ID names the instance.
+func (i Instance) ID() InstanceID {
+	return InstanceID{Target: i.Target.UID, Name: i.Name}
+}
+
+// InstanceStatus is what a Host knows of an instance.
+type InstanceStatus struct {
+	ID InstanceID
+	// State is Running or Terminated.
+	State v1.InstanceState
+	// Ports are those of the last Start.
+	Ports []v1.InstancePort
+	// Message tells a person of something wrong that doesn't end the
+	// instance: that its log can't be written, for example. "" if all is well.
+	Message string
+}
