@@ -1,0 +1,434 @@
+// Package session knows who is connected to what. Every stream of the server
+// (log, exec, attach, portforward) is a Session of its Manager: it is counted
+// against a limit, ends with a cause that is logged and measured, and is ended
+// and waited for when the server shuts down.
+//
+// One session, by its caller:
+//
+//	ctx, session, err := manager.Start(ctx, info) // or 429, 503
+//	err = serve(ctx)                              // ends when ctx does
+//	session.End(err)                              // exactly one counts
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/uuid"
+	"k8s.io/component-base/metrics"
+	"k8s.io/klog/v2"
+	"k8s.io/utils/clock"
+)
+
+// DefaultMax is how many sessions a server has at most, unless told otherwise.
+const DefaultMax = 10000
+
+var (
+	// ErrTooMany refuses a session: the server has as many as it may.
+	ErrTooMany error = apierrors.NewTooManyRequests("too many sessions are open on this server: close some, or try again later", 5)
+
+	// ErrDraining refuses a session, and is the cause that ends one, when the
+	// server shuts down. The server that comes next, or another replica of it,
+	// takes the connection.
+	ErrDraining error = &apierrors.StatusError{ErrStatus: metav1.Status{
+		Status:  metav1.StatusFailure,
+		Code:    http.StatusServiceUnavailable,
+		Reason:  metav1.StatusReasonServiceUnavailable,
+		Message: "the server is shutting down: connect again",
+		Details: &metav1.StatusDetails{RetryAfterSeconds: 1},
+	}}
+)
+
+// Info says who is connected to what.
+type Info struct {
+	// User is the name of the user.
+	User string
+	// Namespace and Target name the target; TargetUID tells it from a later
+	// one of the same name.
+	Namespace, Target string
+	TargetUID         types.UID
+	// Instance is the name of the target's instance, "" if it is all of them.
+	Instance string
+	// Subresource is log, exec, attach or portforward.
+	Subresource string
+	// Protocol is how the client connects: one of the constants below. The
+	// subprotocol is negotiated after a session has started.
+	Protocol string
+}
+
+// Protocols that a session may have.
+const (
+	ProtocolHTTP      = "http"
+	ProtocolWebSocket = "websocket"
+	ProtocolSPDY      = "spdy"
+)
+
+// Options of a Manager. The zero value is good.
+type Options struct {
+	// Max is how many sessions there may be at once; DefaultMax if 0.
+	Max int
+	// Clock tells the time; the real one if nil.
+	Clock clock.PassiveClock
+}
+
+// Manager has the sessions of a server.
+type Manager struct {
+	max     int
+	clock   clock.PassiveClock
+	metrics *sessionMetrics
+
+	// mu protects what follows. That a session is registered or refused, and
+	// that draining begins, happens under it: none slips in between.
+	mu       sync.Mutex
+	sessions map[*Session]struct{}
+	draining bool
+	// drained is closed once draining and without sessions.
+	drained chan struct{}
+}
+
+// NewManager returns a Manager without sessions.
+func NewManager(opts Options) *Manager {
+	if opts.Max <= 0 {
+		opts.Max = DefaultMax
+	}
+	if opts.Clock == nil {
+		opts.Clock = clock.RealClock{}
+	}
+	return &Manager{
+		max:      opts.Max,
+		clock:    opts.Clock,
+		metrics:  newMetrics(),
+		sessions: map[*Session]struct{}{},
+		drained:  make(chan struct{}),
+	}
+}
+
+// Register registers the metrics. It is called before the first Start, with
+// legacyregistry.Register or the Register of a registry of one's own.
+func (m *Manager) Register(register func(metrics.Registerable) error) error {
+	for _, metric := range m.metrics.all() {
+		if err := register(metric); err != nil {
+			return fmt.Errorf("registering the metrics of sessions: %w", err)
+		}
+	}
+	return nil
+}
+
+// Session is one stream.
+type Session struct {
+	id      string
+	info    Info
+	manager *Manager
+	log     klog.Logger
+	cancel  context.CancelCauseFunc
+	started time.Time
+	end     sync.Once
+
+	// What the client sent, and what it was sent, in bytes.
+	in, out       atomic.Int64
+	inAll, outAll metrics.CounterMetric
+}
+
+// Start registers a session, or refuses it with ErrTooMany or ErrDraining. The
+// returned context ends when the session is to end, and its cause says why.
+// The caller ends the session when nothing of it is left.
+func (m *Manager) Start(ctx context.Context, info Info) (context.Context, *Session, error) {
+	s := &Session{
+		id:      string(uuid.NewUUID()),
+		info:    info,
+		manager: m,
+		started: m.clock.Now(),
+	}
+	s.log = klog.FromContext(ctx).WithValues("session", s.id, "user", info.User,
+		"target", klog.KRef(info.Namespace, info.Target), "subresource", info.Subresource)
+	s.inAll, s.outAll = m.metrics.bytesOf(info)
+	parent := ctx
+	ctx, s.cancel = context.WithCancelCause(ctx)
+
+	if err := m.add(s); err != nil {
+		s.cancel(err)
+		m.metrics.ended(info, codeOf(err))
+		s.log.Info("Session refused", "cause", err.Error())
+		return parent, nil, err
+	}
+	s.log.V(2).Info("Session started", "instance", info.Instance, "protocol", info.Protocol)
+	return ctx, s, nil
+}
+
+func (m *Manager) add(s *Session) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.draining:
+		return ErrDraining
+	case len(m.sessions) >= m.max:
+		return ErrTooMany
+	}
+	m.sessions[s] = struct{}{}
+	m.metrics.started(s.info)
+	return nil
+}
+
+func (m *Manager) remove(s *Session) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.sessions, s)
+	if m.draining && len(m.sessions) == 0 {
+		close(m.drained)
+	}
+}
+
+// Drain refuses new sessions, ends every one there is with ErrDraining, and
+// returns when all have ended, or with an error that tells how many have not
+// when ctx ends. It may be called again.
+func (m *Manager) Drain(ctx context.Context) error {
+	m.mu.Lock()
+	if !m.draining {
+		m.draining = true
+		if len(m.sessions) == 0 {
+			close(m.drained)
+		}
+	}
+	for s := range m.sessions {
+		s.cancel(ErrDraining)
+	}
+	m.mu.Unlock()
+
+	select {
+	case <-m.drained:
+		return nil
+	case <-ctx.Done():
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.sessions) == 0 {
+		return nil
+	}
+	return fmt.Errorf("sessions that had not ended: %d: %w", len(m.sessions), context.Cause(ctx))
+}
+
+// ID names the session; it is unique everywhere.
+func (s *Session) ID() string { return s.id }
+
+// End says that nothing of the session is left. err is why it ended, nil if it
+// was done. The first call counts.
+//
+// An exit code other than 0 is no failure of the session: an error with the
+// method ExitStatus() int counts as done.
+func (s *Session) End(err error) {
+	s.end.Do(func() {
+		duration := s.manager.clock.Since(s.started)
+		s.cancel(err)
+		s.manager.metrics.finished(s.info, codeOf(err), duration)
+		cause := "done"
+		if err != nil {
+			cause = err.Error()
+		}
+		s.log.Info("Session ended", "instance", s.info.Instance, "protocol", s.info.Protocol,
+			"duration", duration, "bytesIn", s.in.Load(), "bytesOut", s.out.Load(), "cause", cause)
+		// Last: once it is removed, Drain returns and the process may end.
+		s.manager.remove(s)
+	})
+}
+
+// AddIn counts bytes that the client sent.
+func (s *Session) AddIn(bytes int) {
+	if bytes > 0 {
+		s.in.Add(int64(bytes))
+		s.inAll.Add(float64(bytes))
+	}
+}
+
+// AddOut counts bytes that the client was sent.
+func (s *Session) AddOut(bytes int) {
+	if bytes > 0 {
+		s.out.Add(int64(bytes))
+		s.outAll.Add(float64(bytes))
+	}
+}
+
+// CountIn counts what is read from the client. Of nil it makes nil.
+func (s *Session) CountIn(r io.ReadCloser) io.ReadCloser {
+	if r == nil {
+		return nil
+	}
+	return &countedReader{ReadCloser: r, session: s}
+}
+
+type countedReader struct {
+	io.ReadCloser
+	session *Session
+}
+
+func (r *countedReader) Read(p []byte) (int, error) {
+	n, err := r.ReadCloser.Read(p)
+	r.session.AddIn(n)
+	return n, err
+}
+
+// CountOut counts what is written to the client. Of nil it makes nil.
+func (s *Session) CountOut(w io.Writer) io.Writer {
+	if w == nil {
+		return nil
+	}
+	return &countedWriter{w: w, session: s}
+}
+
+type countedWriter struct {
+	w       io.Writer
+	session *Session
+}
+
+func (w *countedWriter) Write(p []byte) (int, error) {
+	n, err := w.w.Write(p)
+	w.session.AddOut(n)
+	return n, err
+}
+
+// Stream is a connection whose directions end independently; driver.Stream is
+// one.
+type Stream interface {
+	io.ReadWriteCloser
+	CloseWrite() error
+}
+
+// CountBackend counts a connection to a backend: what is written to it comes
+// from the client, what is read from it goes there.
+func (s *Session) CountBackend(stream Stream) Stream {
+	return &countedStream{Stream: stream, session: s}
+}
+
+type countedStream struct {
+	Stream
+	session *Session
+}
+
+func (c *countedStream) Read(p []byte) (int, error) {
+	n, err := c.Stream.Read(p)
+	c.session.AddOut(n)
+	return n, err
+}
+
+func (c *countedStream) Write(p []byte) (int, error) {
+	n, err := c.Stream.Write(p)
+	c.session.AddIn(n)
+	return n, err
+}
+
+// StatusClientGone is the result code of a session that its client ended
+// without a goodbye, as in nginx's logs; HTTP has none for it.
+const StatusClientGone = 499
+
+// codeOf returns the result code of a session that ended with err.
+func codeOf(err error) int {
+	if err == nil {
+		return http.StatusOK
+	}
+	var exited interface{ ExitStatus() int }
+	if errors.As(err, &exited) {
+		return http.StatusOK
+	}
+	var status apierrors.APIStatus
+	if errors.As(err, &status) {
+		if code := int(status.Status().Code); http.StatusText(code) != "" {
+			return code
+		}
+		return http.StatusInternalServerError
+	}
+	if errors.Is(err, context.Canceled) {
+		return StatusClientGone
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return http.StatusGatewayTimeout
+	}
+	return http.StatusInternalServerError
+}
+
+// sessionMetrics are values of a Manager, not of the package: a process may
+// have several servers, as tests do.
+type sessionMetrics struct {
+	open     *metrics.GaugeVec
+	total    *metrics.CounterVec
+	bytes    *metrics.CounterVec
+	duration *metrics.HistogramVec
+}
+
+func newMetrics() *sessionMetrics {
+	return &sessionMetrics{
+		open: metrics.NewGaugeVec(&metrics.GaugeOpts{
+			Name:           "aaserver_sessions",
+			Help:           "Sessions that are open, by subresource.",
+			StabilityLevel: metrics.ALPHA,
+		}, []string{"subresource"}),
+		total: metrics.NewCounterVec(&metrics.CounterOpts{
+			Name:           "aaserver_sessions_total",
+			Help:           "Sessions that ended or were refused, by subresource, protocol and result code (499: the client went away).",
+			StabilityLevel: metrics.ALPHA,
+		}, []string{"subresource", "protocol", "code"}),
+		bytes: metrics.NewCounterVec(&metrics.CounterOpts{
+			Name:           "aaserver_session_bytes_total",
+			Help:           "Bytes that clients sent (in) and were sent (out), by subresource.",
+			StabilityLevel: metrics.ALPHA,
+		}, []string{"subresource", "direction"}),
+		duration: metrics.NewHistogramVec(&metrics.HistogramOpts{
+			Name: "aaserver_session_duration_seconds",
+			Help: "How long sessions took, by subresource.",
+			// From 10 ms, a short exec, to 46 h, a forward over a weekend.
+			Buckets:        metrics.ExponentialBuckets(0.01, 4, 13),
+			StabilityLevel: metrics.ALPHA,
+		}, []string{"subresource"}),
+	}
+}
+
+func (m *sessionMetrics) all() []metrics.Registerable {
+	return []metrics.Registerable{m.open, m.total, m.bytes, m.duration}
+}
+
+func (m *sessionMetrics) started(info Info) {
+	m.open.WithLabelValues(subresourceLabel(info)).Inc()
+}
+
+func (m *sessionMetrics) ended(info Info, code int) {
+	m.total.WithLabelValues(subresourceLabel(info), protocolLabel(info), strconv.Itoa(code)).Inc()
+}
+
+func (m *sessionMetrics) finished(info Info, code int, duration time.Duration) {
+	m.ended(info, code)
+	m.open.WithLabelValues(subresourceLabel(info)).Dec()
+	m.duration.WithLabelValues(subresourceLabel(info)).Observe(duration.Seconds())
+}
+
+func (m *sessionMetrics) bytesOf(info Info) (in, out metrics.CounterMetric) {
+	subresource := subresourceLabel(info)
+	return m.bytes.WithLabelValues(subresource, "in"), m.bytes.WithLabelValues(subresource, "out")
+}
+
+// A label's values are bounded here, whatever a client sends: those that
+// aren't known are one.
+const otherLabel = "other"
+
+func subresourceLabel(info Info) string {
+	switch info.Subresource {
+	case "log", "exec", "attach", "portforward":
+		return info.Subresource
+	}
+	return otherLabel
+}
+
+func protocolLabel(info Info) string {
+	switch info.Protocol {
+	case ProtocolHTTP, ProtocolWebSocket, ProtocolSPDY:
+		return info.Protocol
+	}
+	return otherLabel
+}
