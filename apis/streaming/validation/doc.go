@@ -1,0 +1,10 @@
+// Package validation says which objects of the streaming.aaserver.io API are
+// valid. Every error names the field and what is allowed there.
+//
+// Objects are validated after defaulting and admission. What passes keeps
+// these promises to everything that reads a stored target: exactly one source
+// is set; a hosted source has its agent, replicas, restart policy and grace
+// period; the name of each instance is a DNS label; nothing holds a NUL byte
+// that ends up in an argument, an environment or a path; and every list and
+// string has a bound.
+package validation
