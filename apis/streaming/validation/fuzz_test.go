@@ -1,0 +1,85 @@
+package validation_test
+
+import (
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/validate/content"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+
+	api "aaserver.io/aaserver/apis/streaming"
+	"aaserver.io/aaserver/apis/streaming/install"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/apis/streaming/validation"
+)
+
+// FuzzValidateTarget takes an object the way the server does: JSON is decoded,
+// defaulted, converted to the hub and validated. It doesn't panic, and what
+// passes keeps the package's promises.
+func FuzzValidateTarget(f *testing.F) {
+	const head = `{"apiVersion":"streaming.aaserver.io/v1","kind":"Target","metadata":{"name":"web","namespace":"shop","resourceVersion":"1"},"spec":`
+	for _, spec := range []string{
+		`{"agentName":"edge-17","process":{"command":["/bin/sh","-c","exit"],"args":["$(A)"],"env":[{"name":"A","value":"b"}],"workingDir":"/srv","user":"1000","stdin":true,"tty":true},"ports":[{"name":"http","port":8080,"hostPort":80}]}`,
+		`{"agentName":"edge-17","replicas":0,"restartPolicy":"Never","terminationGracePeriodSeconds":0,"container":{"image":"nginx:1","resources":{"limits":{"cpu":"250m","memory":"64Mi"}}}}`,
+		`{"className":"standard","ssh":{"endpoints":[{"name":"a","host":"192.0.2.1","port":22}],"user":"admin","credentialsSecretRef":{"name":"login"},"log":{"journalUnit":"sshd.service"}}}`,
+		`{"tcp":{"endpoints":[{"name":"a","host":"2001:db8::1","port":5432},{"name":"b","host":"db.example.com","port":5432}],"tls":{"serverName":"db","caBundle":"LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0tCi0tLS0tRU5EIENFUlRJRklDQVRFLS0tLS0K"}},"ports":[{"name":"db","port":5432,"protocol":"UDP"}]}`,
+		`{"process":null,"tcp":{"endpoints":[null]}}`,
+	} {
+		f.Add([]byte(head + spec + `,"status":{"replicas":1,"instances":[{"name":"web-0","state":{"waiting":{}}}],"conditions":[{"type":"Ready"}]}}`))
+	}
+
+	scheme := runtime.NewScheme()
+	install.Install(scheme)
+	decoder := serializer.NewCodecFactory(scheme).UniversalDecoder(api.SchemeGroupVersion)
+
+	f.Fuzz(func(t *testing.T, data []byte) {
+		obj, err := runtime.Decode(decoder, data)
+		if err != nil {
+			return
+		}
+		target, ok := obj.(*api.Target)
+		if !ok {
+			return
+		}
+		errs := validation.ValidateTarget(target)
+		for _, err := range append(errs, validation.ValidateTargetStatusUpdate(target, &api.Target{})...) {
+			_ = err.Error()
+		}
+		changed := target.DeepCopy()
+		changed.Spec.ClassName += "x"
+		_ = validation.ValidateTargetUpdate(changed, target)
+		if len(errs) > 0 {
+			return
+		}
+
+		external := &v1.Target{}
+		if err := scheme.Convert(target, external, nil); err != nil {
+			t.Fatal(err)
+		}
+		if external.Spec.Source() == "" {
+			t.Error("a valid target has no source")
+		}
+		if external.Spec.Hosted() {
+			if external.Spec.AgentName == "" || external.Spec.Replicas == nil || external.Spec.RestartPolicy == "" || external.Spec.TerminationGracePeriodSeconds == nil {
+				t.Errorf("a valid hosted target lacks what hosting needs: %+v", external.Spec)
+			}
+		}
+		names := external.InstanceNames()
+		if len(names) > v1.MaxInstances {
+			t.Errorf("a valid target has %d instances", len(names))
+		}
+		seen := map[string]bool{}
+		for _, name := range names {
+			if msgs := content.IsDNS1123Label(name); len(msgs) > 0 || seen[name] {
+				t.Errorf("a valid target has an instance named %q (%v)", name, msgs)
+			}
+			seen[name] = true
+		}
+		for _, port := range external.Spec.Ports {
+			if port.Port < 1 || port.Port > 65535 || port.Protocol != corev1.ProtocolTCP && port.Protocol != corev1.ProtocolUDP {
+				t.Errorf("a valid target has a port %+v", port)
+			}
+		}
+	})
+}
