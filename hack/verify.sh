@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Fails if something generated, formatted or linted is out of date, and says
+# what.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+failed=0
+fail() {
+  echo "verify: $*" >&2
+  failed=1
+}
+
+echo "gofmt"
+unformatted=$(git ls-files --cached --others --exclude-standard '*.go' | xargs gofmt -l)
+[ -z "$unformatted" ] || fail "not formatted (run gofmt -w): $unformatted"
+
+echo "go mod tidy"
+go mod tidy -diff >/dev/null || fail "go.mod or go.sum isn't tidy: run go mod tidy"
+
+echo "go vet"
+go vet ./... || fail "go vet has complaints"
+
+echo "staticcheck"
+go tool staticcheck ./... || fail "staticcheck has complaints"
+
+# The generators write into the tree: they run in a copy, so that a stale file
+# is reported and not mended on the way.
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+git ls-files --cached --others --exclude-standard -z -- go.mod go.sum apis hack | xargs -0 cp --parents -t "$copy"
+(cd "$copy" && hack/update.sh) || fail "the generators have failed"
+diff -r apis "$copy/apis" || fail "generated code is stale: run make update"
+
+exit $failed

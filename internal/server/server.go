@@ -1,0 +1,127 @@
+// Package server is the API server: options become a config, a completed
+// config becomes a server, and a server is run. Each step is a type of its own,
+// so that what isn't ready can't be used.
+//
+//	StandaloneOptions ─ Run ─┬─ Config ─ Complete ─ New ─ PrepareRun ─ RunWithContext
+//	                         └─ storage, certificates, embedded agent
+package server
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	authorizationv1 "k8s.io/api/authorization/v1"
+	openapinamer "k8s.io/apiserver/pkg/endpoints/openapi"
+	genericapiserver "k8s.io/apiserver/pkg/server"
+	"k8s.io/apiserver/pkg/util/compatibility"
+	"k8s.io/component-base/metrics/legacyregistry"
+
+	"aaserver.io/aaserver/apis/generated/openapi"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/internal/session"
+	"aaserver.io/aaserver/internal/version"
+	"aaserver.io/aaserver/registry/access"
+	"aaserver.io/aaserver/registry/target"
+)
+
+// Config is what a server is made of.
+type Config struct {
+	Generic *genericapiserver.RecommendedConfig
+	Extra   ExtraConfig
+}
+
+// ExtraConfig is what is ours beside the generic server's configuration.
+type ExtraConfig struct {
+	// Target configures the resource targets. Its Authorizer is the generic
+	// server's; it needn't be set.
+	Target target.Options
+	// SelfAccessReviews serves SelfSubjectAccessReview, which is otherwise the
+	// main API server's.
+	SelfAccessReviews bool
+	// DrainTimeout bounds how long open sessions may take to end at shutdown.
+	DrainTimeout time.Duration
+}
+
+// NewConfig returns a configuration that lacks what depends on how the server
+// is run: serving, storage, authentication, authorization and drivers.
+func NewConfig() *Config {
+	generic := genericapiserver.NewRecommendedConfig(Codecs)
+	namer := openapinamer.NewDefinitionNamer(Scheme)
+	generic.OpenAPIConfig = genericapiserver.DefaultOpenAPIConfig(openapi.GetOpenAPIDefinitions, namer)
+	generic.OpenAPIConfig.Info.Title = "aaserver"
+	generic.OpenAPIConfig.Info.Version = version.Get().Version
+	generic.OpenAPIV3Config = genericapiserver.DefaultOpenAPIV3Config(openapi.GetOpenAPIDefinitions, namer)
+	generic.OpenAPIV3Config.Info.Title = "aaserver"
+	generic.OpenAPIV3Config.Info.Version = version.Get().Version
+	generic.EffectiveVersion = compatibility.DefaultBuildEffectiveVersion()
+	generic.LongRunningFunc = longRunning
+	generic.BuildHandlerChainFunc = buildHandlerChain
+	return &Config{Generic: generic}
+}
+
+type completedConfig struct {
+	generic genericapiserver.CompletedConfig
+	extra   ExtraConfig
+}
+
+// CompletedConfig is a configuration that a server can be made of.
+type CompletedConfig struct {
+	*completedConfig
+}
+
+// Complete fills in what follows from the rest.
+func (c *Config) Complete() CompletedConfig {
+	completed := completedConfig{c.Generic.Complete(), c.Extra}
+	completed.extra.Target.Authorizer = c.Generic.Authorization.Authorizer
+	if completed.extra.Target.Sessions == nil {
+		completed.extra.Target.Sessions = session.NewManager(session.Options{})
+	}
+	return CompletedConfig{&completed}
+}
+
+// Server is a server that can be run.
+type Server struct {
+	Generic *genericapiserver.GenericAPIServer
+}
+
+// New makes the server, with every resource installed.
+func (c completedConfig) New() (*Server, error) {
+	generic, err := c.generic.New("aaserver", genericapiserver.NewEmptyDelegate())
+	if err != nil {
+		return nil, err
+	}
+	targets, err := target.NewStorage(Scheme, c.generic.RESTOptionsGetter, c.extra.Target)
+	if err != nil {
+		return nil, fmt.Errorf("the storage of targets: %w", err)
+	}
+	group := genericapiserver.NewDefaultAPIGroupInfo(v1.GroupName, Scheme, ParameterCodec, Codecs)
+	group.VersionedResourcesStorageMap[v1.SchemeGroupVersion.Version] = targets.Map()
+	if err := generic.InstallAPIGroup(&group); err != nil {
+		return nil, err
+	}
+
+	if c.extra.SelfAccessReviews {
+		group := genericapiserver.NewDefaultAPIGroupInfo(authorizationv1.GroupName, Scheme, ParameterCodec, Codecs)
+		group.VersionedResourcesStorageMap[authorizationv1.SchemeGroupVersion.Version] = access.Storage(c.generic.Authorization.Authorizer)
+		if err := generic.InstallAPIGroup(&group); err != nil {
+			return nil, err
+		}
+	}
+
+	sessions := c.extra.Target.Sessions
+	if err := sessions.Register(legacyregistry.Register); err != nil {
+		return nil, err
+	}
+	// The generic server waits for its own requests, but knows nothing of
+	// upgraded connections: they are ended and waited for here.
+	err = generic.AddPreShutdownHook("drain-sessions", func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), c.extra.DrainTimeout)
+		defer cancel()
+		return sessions.Drain(ctx)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &Server{Generic: generic}, nil
+}

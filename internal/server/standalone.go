@@ -1,0 +1,413 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	utilerrors "k8s.io/apimachinery/pkg/util/errors"
+	"k8s.io/apimachinery/pkg/util/sets"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/apiserver/pkg/apis/apiserver"
+	"k8s.io/apiserver/pkg/authentication/request/anonymous"
+	authenticationunion "k8s.io/apiserver/pkg/authentication/request/union"
+	"k8s.io/apiserver/pkg/authentication/request/x509"
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/apiserver/pkg/authorization/authorizerfactory"
+	"k8s.io/apiserver/pkg/authorization/path"
+	authorizationunion "k8s.io/apiserver/pkg/authorization/union"
+	"k8s.io/apiserver/pkg/server/dynamiccertificates"
+	genericoptions "k8s.io/apiserver/pkg/server/options"
+	"k8s.io/apiserver/pkg/storage/storagebackend"
+	"k8s.io/client-go/rest"
+
+	"aaserver.io/aaserver/apis/generated/clientset/versioned"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/internal/agent"
+	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/driver/process"
+	"aaserver.io/aaserver/internal/pki"
+	"aaserver.io/aaserver/internal/session"
+	"aaserver.io/aaserver/internal/storage"
+	"aaserver.io/aaserver/registry/target"
+	"aaserver.io/aaserver/streaming"
+)
+
+// LocalAgent is the name of the agent that a standalone server embeds.
+const LocalAgent = "local"
+
+// etcdPrefix is where everything is stored.
+const etcdPrefix = "/registry/" + v1.GroupName
+
+// healthPaths answer everybody, so that a supervisor can probe them.
+var healthPaths = []string{"/healthz", "/livez", "/readyz"}
+
+// StandaloneOptions is how a server without a cluster is run.
+type StandaloneOptions struct {
+	// DataDir holds everything that the server keeps. One server uses it at a
+	// time.
+	DataDir string
+	// StorageEndpoint is the SQL database to store objects in, as kine names
+	// it; SQLite in DataDir if empty and no etcd is given.
+	StorageEndpoint string
+	// Hostnames are further names and addresses that the serving certificate
+	// is for.
+	Hostnames []string
+	// MaxSessions is how many streams may be open at once.
+	MaxSessions int
+	// DrainTimeout bounds how long open streams may take to end at shutdown.
+	DrainTimeout time.Duration
+	// Demo creates the demo's targets.
+	Demo bool
+
+	Etcd          *genericoptions.EtcdOptions
+	SecureServing *genericoptions.SecureServingOptionsWithLoopback
+	Audit         *genericoptions.AuditOptions
+
+	// Ready, if set, is called once the server answers.
+	Ready func(ReadyInfo)
+}
+
+// ReadyInfo says how to reach a server.
+type ReadyInfo struct {
+	// URL is the server's address.
+	URL string
+	// Kubeconfig is the path of the administrator's kubeconfig.
+	Kubeconfig string
+}
+
+// NewStandaloneOptions returns the defaults.
+func NewStandaloneOptions() *StandaloneOptions {
+	serving := genericoptions.NewSecureServingOptions()
+	serving.BindAddress = net.IPv4(127, 0, 0, 1)
+	serving.BindPort = 7443
+	return &StandaloneOptions{
+		MaxSessions:   session.DefaultMax,
+		DrainTimeout:  10 * time.Second,
+		Etcd:          genericoptions.NewEtcdOptions(storageConfig()),
+		SecureServing: serving.WithLoopback(),
+		Audit:         genericoptions.NewAuditOptions(),
+	}
+}
+
+// storageConfig says that objects are stored in the version v1, whatever
+// version they are written in.
+func storageConfig() *storagebackend.Config {
+	config := storagebackend.NewDefaultConfig(etcdPrefix, Codecs.LegacyCodec(v1.SchemeGroupVersion))
+	config.EncodeVersioner = runtime.NewMultiGroupVersioner(v1.SchemeGroupVersion, schema.GroupKind{Group: v1.GroupName})
+	return config
+}
+
+// AddFlags adds the flags to a set.
+func (o *StandaloneOptions) AddFlags(flags *pflag.FlagSet) {
+	flags.StringVar(&o.DataDir, "data-dir", o.DataDir, "The directory that holds all that the server keeps: database, certificates, kubeconfig, logs. Made if it doesn't exist.")
+	flags.StringVar(&o.StorageEndpoint, "storage-endpoint", o.StorageEndpoint, "The SQL database to store objects in: sqlite:///path or postgres://user:password@host/database. SQLite in the data directory if neither this nor --etcd-servers is given.")
+	flags.IPVar(&o.SecureServing.BindAddress, "bind-address", o.SecureServing.BindAddress, "The address to serve on. Clients need the administrator's certificate, wherever they are.")
+	flags.IntVar(&o.SecureServing.BindPort, "secure-port", o.SecureServing.BindPort, "The port to serve HTTPS on; 0 for any free one.")
+	flags.StringSliceVar(&o.Hostnames, "hostname", o.Hostnames, "A further name or address that the serving certificate is for. May be given several times.")
+	flags.IntVar(&o.MaxSessions, "max-sessions", o.MaxSessions, "How many logs, execs, attaches and port-forwards may be open at once.")
+	flags.DurationVar(&o.DrainTimeout, "drain-timeout", o.DrainTimeout, "How long open streams may take to end when the server shuts down.")
+	flags.BoolVar(&o.Demo, "demo", o.Demo, "Create the targets web, ticker and shell in the namespace default, to try things on.")
+	o.Etcd.AddFlags(flags)
+	o.Audit.AddFlags(flags)
+}
+
+// Validate says what is wrong with the options.
+func (o *StandaloneOptions) Validate() error {
+	var errs []error
+	if o.DataDir == "" {
+		errs = append(errs, errors.New("--data-dir is needed: it says where the server keeps its database, certificates and logs"))
+	}
+	if o.StorageEndpoint != "" && o.etcd() {
+		errs = append(errs, errors.New("--storage-endpoint and --etcd-servers exclude each other: objects are stored in one place"))
+	}
+	if o.SecureServing.BindPort < 0 || o.SecureServing.BindPort > 65535 {
+		errs = append(errs, fmt.Errorf("--secure-port %d must be between 0 and 65535", o.SecureServing.BindPort))
+	}
+	if o.MaxSessions < 1 {
+		errs = append(errs, fmt.Errorf("--max-sessions %d must be at least 1", o.MaxSessions))
+	}
+	if o.DrainTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--drain-timeout %s must not be negative", o.DrainTimeout))
+	}
+	if o.etcd() {
+		errs = append(errs, o.Etcd.Validate()...)
+	}
+	errs = append(errs, o.Audit.Validate()...)
+	return utilerrors.NewAggregate(errs)
+}
+
+func (o *StandaloneOptions) etcd() bool {
+	return len(o.Etcd.StorageConfig.Transport.ServerList) > 0
+}
+
+// Run runs a server until ctx ends or something of it fails. When it returns,
+// no process of any target is left.
+//
+// What is started first ends last: data directory, storage, process host,
+// agent, API server.
+func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
+	dir, err := filepath.Abs(o.DataDir)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("the data directory can't be made: %w", err)
+	}
+	unlock, err := storage.LockDir(dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+
+	ctx, fail := context.WithCancelCause(ctx)
+	var group errgroup.Group
+	defer group.Wait()
+	defer fail(nil)
+
+	etcd := *o.Etcd
+	if !o.etcd() {
+		backend, err := o.startStorage(ctx, dir)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, backend.Close()) }()
+		group.Go(func() error {
+			select {
+			case <-backend.Done():
+				err := fmt.Errorf("the storage has failed: %w", backend.Err())
+				fail(err)
+				return err
+			case <-ctx.Done():
+				return nil
+			}
+		})
+		etcd.StorageConfig.Transport.ServerList = []string{backend.Endpoint()}
+	}
+
+	host, err := process.New(process.Options{Dir: filepath.Join(dir, "logs")})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, host.Close()) }()
+
+	listener, err := o.listen()
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	certificates, info, err := o.ensureCertificates(dir, listener.Addr().(*net.TCPAddr))
+	if err != nil {
+		return err
+	}
+
+	config, err := o.config(&etcd, listener, certificates, host)
+	if err != nil {
+		return err
+	}
+	server, err := config.Complete().New()
+	if err != nil {
+		return err
+	}
+	client, err := versioned.NewForConfig(config.Generic.LoopbackClientConfig)
+	if err != nil {
+		return err
+	}
+	local, err := agent.New(agent.Options{
+		Name:   LocalAgent,
+		Client: client,
+		Hosts:  map[string]driver.Host{v1.SourceProcess: host},
+	})
+	if err != nil {
+		return err
+	}
+
+	// The agent outlives the API server: while that drains, instances end and
+	// are reported as always.
+	agentCtx, stopAgent := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopAgent()
+	run := func(what string, f func() error) {
+		group.Go(func() error {
+			err := f()
+			if err != nil {
+				err = fmt.Errorf("%s: %w", what, err)
+				fail(err)
+			}
+			return err
+		})
+	}
+	run("the API server has failed", func() error {
+		defer stopAgent()
+		return server.Generic.PrepareRun().RunWithContext(ctx)
+	})
+	run("the agent has failed", func() error { return local.Run(agentCtx) })
+	run("the renewal of certificates has failed", func() error { return certificates.Run(ctx) })
+	run("the server doesn't become ready", func() error {
+		if err := waitReady(ctx, config.Generic.LoopbackClientConfig); err != nil {
+			return nil // it is being shut down
+		}
+		if o.Demo {
+			if err := createDemo(ctx, client); err != nil {
+				return fmt.Errorf("creating the demo's targets: %w", err)
+			}
+		}
+		if o.Ready != nil {
+			o.Ready(info)
+		}
+		return nil
+	})
+	err = group.Wait()
+	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return err
+}
+
+func (o *StandaloneOptions) startStorage(ctx context.Context, dir string) (*storage.Backend, error) {
+	endpoint := o.StorageEndpoint
+	if endpoint == "" {
+		database := filepath.Join(dir, "db")
+		if err := os.MkdirAll(database, 0o700); err != nil {
+			return nil, err
+		}
+		endpoint = "sqlite://" + filepath.Join(database, "state.db")
+	}
+	return storage.Start(ctx, storage.Options{Endpoint: endpoint})
+}
+
+// listen opens the port before anything is written for it.
+func (o *StandaloneOptions) listen() (net.Listener, error) {
+	address := net.JoinHostPort(o.SecureServing.BindAddress.String(), strconv.Itoa(o.SecureServing.BindPort))
+	listener, err := net.Listen("tcp", address)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("port %d of %s is in use: stop what uses it, or choose another with --secure-port", o.SecureServing.BindPort, o.SecureServing.BindAddress)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return nil, fmt.Errorf("%s is no address of this machine: choose another with --bind-address", o.SecureServing.BindAddress)
+	case err != nil:
+		return nil, fmt.Errorf("can't listen on %s: %w", address, err)
+	}
+	return listener, nil
+}
+
+// ensureCertificates makes or renews certificates and kubeconfig for a server
+// that listens on address.
+func (o *StandaloneOptions) ensureCertificates(dir string, address *net.TCPAddr) (*pki.Files, ReadyInfo, error) {
+	reach := address.IP
+	hosts := o.Hostnames
+	if reach.IsUnspecified() {
+		reach = net.IPv4(127, 0, 0, 1)
+	} else {
+		hosts = append([]string{reach.String()}, hosts...)
+	}
+	info := ReadyInfo{
+		URL:        "https://" + net.JoinHostPort(reach.String(), strconv.Itoa(address.Port)),
+		Kubeconfig: filepath.Join(dir, "kubeconfig"),
+	}
+	files, err := pki.Ensure(filepath.Join(dir, "pki"), pki.Options{
+		Hosts:      hosts,
+		Server:     info.URL,
+		Kubeconfig: info.Kubeconfig,
+	})
+	return files, info, err
+}
+
+// config assembles the API server's configuration.
+func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener net.Listener, certificates *pki.Files, host driver.Host) (*Config, error) {
+	config := NewConfig()
+	generic := &config.Generic.Config
+
+	serving := o.SecureServing
+	serving.Listener = listener
+	serving.ServerCert.CertKey = genericoptions.CertKey{CertFile: certificates.ServingCert, KeyFile: certificates.ServingKey}
+	if err := serving.ApplyToConfig(generic); err != nil {
+		return nil, err
+	}
+	if err := etcd.ApplyTo(generic); err != nil {
+		return nil, err
+	}
+	if err := o.Audit.ApplyTo(generic); err != nil {
+		return nil, err
+	}
+
+	ca, err := dynamiccertificates.NewDynamicCAContentFromFile("client-ca", certificates.CACert)
+	if err != nil {
+		return nil, err
+	}
+	if err := generic.Authentication.ApplyClientCert(ca, generic.SecureServing); err != nil {
+		return nil, err
+	}
+	var anyone []apiserver.AnonymousAuthCondition
+	for _, path := range healthPaths {
+		anyone = append(anyone, apiserver.AnonymousAuthCondition{Path: path})
+	}
+	generic.Authentication.Authenticator = authenticationunion.New(
+		x509.NewDynamic(ca.VerifyOptions, x509.CommonNameUserConversion),
+		anonymous.NewAuthenticator(anyone),
+	)
+	health, err := path.NewAuthorizer(healthPaths)
+	if err != nil {
+		return nil, err
+	}
+	generic.Authorization.Authorizer = authorizationunion.New(
+		authorizerfactory.NewPrivilegedGroups(user.SystemPrivilegedGroup),
+		health,
+	)
+	// There are no flow schemas without a cluster; the limits of requests in
+	// flight stand.
+	generic.FlowControl = nil
+
+	config.Extra = ExtraConfig{
+		SelfAccessReviews: true,
+		DrainTimeout:      o.DrainTimeout,
+		Target: target.Options{
+			DefaultAgent: LocalAgent,
+			Sources:      sets.New(v1.SourceProcess),
+			Drivers:      localDrivers(map[string]driver.Driver{v1.SourceProcess: host}),
+			Dial:         (&net.Dialer{}).DialContext,
+			OpenPorts:    true,
+			Sessions:     session.NewManager(session.Options{Max: o.MaxSessions}),
+			Streaming:    streaming.Options{},
+		},
+	}
+	return config, nil
+}
+
+// localDrivers finds the drivers of targets that this server's own agent hosts.
+func localDrivers(drivers map[string]driver.Driver) func(*v1.Target) (driver.Driver, error) {
+	return func(target *v1.Target) (driver.Driver, error) {
+		if target.Spec.Hosted() && target.Spec.AgentName != LocalAgent {
+			return nil, driver.Errorf(driver.Unavailable, "agent %q is not connected: this server has the agent %q alone", target.Spec.AgentName, LocalAgent)
+		}
+		d, ok := drivers[target.Spec.Source()]
+		if !ok {
+			return nil, driver.Errorf(driver.Unsupported, "this server has no driver for targets of source %s", target.Spec.Source())
+		}
+		return d, nil
+	}
+}
+
+// waitReady returns once the server says that it is ready, or with an error
+// when ctx ends.
+func waitReady(ctx context.Context, config *rest.Config) error {
+	config = rest.CopyConfig(config)
+	config.NegotiatedSerializer = Codecs.WithoutConversion()
+	config.GroupVersion = &v1.SchemeGroupVersion
+	client, err := rest.RESTClientFor(config)
+	if err != nil {
+		return err
+	}
+	return wait.PollUntilContextCancel(ctx, 50*time.Millisecond, true, func(ctx context.Context) (bool, error) {
+		return client.Get().AbsPath("/readyz").Do(ctx).Error() == nil, nil
+	})
+}

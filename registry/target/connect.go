@@ -1,0 +1,205 @@
+package target
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+	"k8s.io/apiserver/pkg/endpoints/request"
+	"k8s.io/apiserver/pkg/registry/rest"
+
+	api "aaserver.io/aaserver/apis/streaming"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/session"
+)
+
+// connector is what the connect subresources share: the way from a request to
+// an open instance.
+type connector struct {
+	targets rest.Getter
+	opts    Options
+}
+
+// target returns a target in the version that drivers use.
+func (c *connector) target(ctx context.Context, name string) (*v1.Target, error) {
+	obj, err := c.targets.Get(ctx, name, &metav1.GetOptions{})
+	if err != nil {
+		return nil, err
+	}
+	return toV1(obj.(*api.Target))
+}
+
+// pick returns the instance that a request means: the one that it names, or
+// else the first ready one. With none ready it fails, unless notReady allows
+// another: a log can be read of an instance that has ended.
+func pick(target *v1.Target, name string, notReady bool) (string, error) {
+	names := instances(target)
+	if name != "" {
+		if !slices.Contains(names, name) {
+			return "", notFound(fmt.Sprintf("target %q has no instance %q: it has %s", target.Name, name, listed(names)))
+		}
+		return name, nil
+	}
+	for _, instance := range target.Status.Instances {
+		if instance.Ready {
+			return instance.Name, nil
+		}
+	}
+	switch {
+	case len(names) == 0 && target.Spec.Hosted() && len(target.InstanceNames()) == 0:
+		return "", statusError(driver.Errorf(driver.NotRunning, "target %q is scaled to 0 instances: scale it up first", target.Name))
+	case len(names) == 0:
+		return "", statusError(driver.Errorf(driver.NotRunning, "no instance of target %q was started yet: its agent %q may be down, or busy", target.Name, target.Spec.AgentName))
+	case notReady, !target.Spec.Hosted():
+		// Whether a reached endpoint answers is seen when it is dialled.
+		return names[0], nil
+	}
+	return "", statusError(driver.Errorf(driver.NotRunning, "no instance of target %q is running: %s", target.Name, describe(target.Status.Instances[0])))
+}
+
+// instances returns the names of a target's instances: of those that exist
+// where an agent makes them, of those that the spec lists where they are
+// reached.
+func instances(target *v1.Target) []string {
+	if !target.Spec.Hosted() {
+		return target.InstanceNames()
+	}
+	var names []string
+	for _, instance := range target.Status.Instances {
+		names = append(names, instance.Name)
+	}
+	return names
+}
+
+func listed(names []string) string {
+	const most = 5
+	switch {
+	case len(names) == 0:
+		return "none"
+	case len(names) > most:
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
+	}
+	return strings.Join(names, ", ")
+}
+
+// describe says in a few words what an instance does.
+func describe(instance v1.InstanceStatus) string {
+	switch state := instance.State; {
+	case state.Terminated != nil:
+		return fmt.Sprintf("%s has ended (%s, exit code %d)", instance.Name, state.Terminated.Reason, state.Terminated.ExitCode)
+	case state.Waiting != nil && state.Waiting.Message != "":
+		return fmt.Sprintf("%s is waiting (%s: %s)", instance.Name, state.Waiting.Reason, state.Waiting.Message)
+	case state.Waiting != nil:
+		return fmt.Sprintf("%s is waiting (%s)", instance.Name, state.Waiting.Reason)
+	}
+	return instance.Name + " isn't ready"
+}
+
+// stream serves one streaming request: it registers the session, calls serve,
+// and ends the session with what serve returned. A session that may not begin
+// is answered with an HTTP status.
+func (c *connector) stream(responder rest.Responder, target *v1.Target, instance, subresource string, serve func(w http.ResponseWriter, r *http.Request, s *session.Session) error) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		info := session.Info{
+			Namespace:   target.Namespace,
+			Target:      target.Name,
+			TargetUID:   target.UID,
+			Instance:    instance,
+			Subresource: subresource,
+			Protocol:    protocolOf(r),
+		}
+		if user, ok := request.UserFrom(r.Context()); ok {
+			info.User = user.GetName()
+		}
+		ctx, s, err := c.opts.Sessions.Start(r.Context(), info)
+		if err != nil {
+			responder.Error(err)
+			return
+		}
+		// The session ends after its streams are joined, also when they panic.
+		var ended error = errPanicked
+		defer func() { s.End(ended) }()
+		ended = serve(w, r.WithContext(ctx), s)
+	})
+}
+
+var errPanicked = driver.Errorf(driver.Internal, "the handler panicked")
+
+// protocolOf names the transport that a request asks for, for the session's
+// record.
+func protocolOf(r *http.Request) string {
+	switch upgrade := r.Header.Get("Upgrade"); {
+	case strings.EqualFold(upgrade, "websocket"):
+		return session.ProtocolWebSocket
+	case strings.HasPrefix(strings.ToUpper(upgrade), "SPDY/"):
+		return session.ProtocolSPDY
+	}
+	return session.ProtocolHTTP
+}
+
+// open reaches an instance through its driver.
+func (c *connector) open(ctx context.Context, target *v1.Target, instance string) (driver.Conn, error) {
+	d, err := c.opts.Drivers(target)
+	if err != nil {
+		return nil, err
+	}
+	return d.Open(ctx, driver.Request{Target: target, Instance: instance, Dial: c.opts.Dial})
+}
+
+// ability finds what a connection can do beyond being closed. It is the one
+// place where abilities are asserted.
+func ability[T any](conn driver.Conn, target *v1.Target, subresource string) (T, error) {
+	able, ok := conn.(T)
+	if !ok {
+		return able, driver.Errorf(driver.Unsupported, "a target of source %s has no %s", target.Spec.Source(), subresource)
+	}
+	return able, nil
+}
+
+// statusError maps a driver's error to the status that the client gets. Others
+// pass as they are.
+func statusError(err error) error {
+	if err == nil {
+		return nil
+	}
+	switch driver.KindOf(err) {
+	case driver.Invalid, driver.Unsupported:
+		return apierrors.NewBadRequest(err.Error())
+	case driver.NotFound:
+		return notFound(err.Error())
+	case driver.NotRunning:
+		return &apierrors.StatusError{ErrStatus: metav1.Status{
+			Status:  metav1.StatusFailure,
+			Code:    http.StatusConflict,
+			Reason:  metav1.StatusReasonConflict,
+			Message: err.Error(),
+		}}
+	case driver.Unavailable:
+		return apierrors.NewServiceUnavailable(err.Error())
+	}
+	return err
+}
+
+func notFound(message string) error {
+	return &apierrors.StatusError{ErrStatus: metav1.Status{
+		Status:  metav1.StatusFailure,
+		Code:    http.StatusNotFound,
+		Reason:  metav1.StatusReasonNotFound,
+		Message: message,
+	}}
+}
+
+// badOptions makes one 400 of what is wrong with a query. The options are no
+// object that a user wrote, so that 422 wouldn't fit.
+func badOptions(errs field.ErrorList) error {
+	if len(errs) == 0 {
+		return nil
+	}
+	return apierrors.NewBadRequest(errs.ToAggregate().Error())
+}

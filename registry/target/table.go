@@ -1,0 +1,116 @@
+package target
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/duration"
+
+	api "aaserver.io/aaserver/apis/streaming"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+)
+
+// tableConvertor prints targets as `kubectl get` shows them. Columns of
+// priority 1 are shown with -o wide.
+type tableConvertor struct{}
+
+var columns = []metav1.TableColumnDefinition{
+	{Name: "Name", Type: "string", Format: "name", Description: metav1.ObjectMeta{}.SwaggerDoc()["name"]},
+	{Name: "Source", Type: "string", Description: "What the target is: process, container, ssh or tcp."},
+	{Name: "Ready", Type: "string", Description: "The status of the condition Ready."},
+	{Name: "Instances", Type: "string", Description: "How many instances are ready, of those that are wanted."},
+	{Name: "Age", Type: "string", Description: metav1.ObjectMeta{}.SwaggerDoc()["creationTimestamp"]},
+	{Name: "Ports", Type: "string", Priority: 1, Description: "The ports that may be forwarded."},
+	{Name: "Class", Type: "string", Priority: 1, Description: "The TargetClass that says what the target may do."},
+	{Name: "Agent", Type: "string", Priority: 1, Description: "The agent that hosts the target, or through which it is reached."},
+}
+
+// ConvertToTable implements rest.TableConvertor.
+func (tableConvertor) ConvertToTable(_ context.Context, object, tableOptions runtime.Object) (*metav1.Table, error) {
+	table := &metav1.Table{}
+	if opts, ok := tableOptions.(*metav1.TableOptions); !ok || !opts.NoHeaders {
+		table.ColumnDefinitions = columns
+	}
+	switch object := object.(type) {
+	case *api.Target:
+		table.ResourceVersion = object.ResourceVersion
+		table.Rows = []metav1.TableRow{row(object)}
+	case *api.TargetList:
+		table.ResourceVersion = object.ResourceVersion
+		table.Continue = object.Continue
+		table.RemainingItemCount = object.RemainingItemCount
+		table.Rows = make([]metav1.TableRow, 0, len(object.Items))
+		for i := range object.Items {
+			table.Rows = append(table.Rows, row(&object.Items[i]))
+		}
+	default:
+		return nil, fmt.Errorf("can't print a %T as targets", object)
+	}
+	return table, nil
+}
+
+func row(target *api.Target) metav1.TableRow {
+	ready := string(metav1.ConditionUnknown)
+	if c := meta.FindStatusCondition(target.Status.Conditions, v1.ConditionReady); c != nil {
+		ready = string(c.Status)
+	}
+	return metav1.TableRow{
+		Object: runtime.RawExtension{Object: target},
+		Cells: []any{
+			target.Name,
+			sourceOf(target),
+			ready,
+			fmt.Sprintf("%d/%d", target.Status.ReadyReplicas, wanted(target)),
+			age(target.CreationTimestamp),
+			orNone(portList(target.Spec.Ports)),
+			orNone(target.Spec.ClassName),
+			orNone(target.Spec.AgentName),
+		},
+	}
+}
+
+// wanted is how many instances the spec asks for.
+func wanted(target *api.Target) int {
+	switch spec := &target.Spec; {
+	case spec.SSH != nil:
+		return len(spec.SSH.Endpoints)
+	case spec.TCP != nil:
+		return len(spec.TCP.Endpoints)
+	case spec.Replicas != nil:
+		return int(*spec.Replicas)
+	}
+	return int(v1.DefaultReplicas)
+}
+
+// portList prints ports as `http:8080,dns:53/UDP`.
+func portList(ports []api.TargetPort) string {
+	var list []string
+	for _, p := range ports {
+		s := fmt.Sprintf("%s:%d", p.Name, p.Port)
+		if p.Protocol != corev1.ProtocolTCP {
+			s += "/" + string(p.Protocol)
+		}
+		list = append(list, s)
+	}
+	return strings.Join(list, ",")
+}
+
+func age(created metav1.Time) string {
+	if created.IsZero() {
+		return "<unknown>"
+	}
+	return duration.HumanDuration(time.Since(created.Time))
+}
+
+func orNone(s string) string {
+	if s == "" {
+		return "<none>"
+	}
+	return s
+}
