@@ -1,0 +1,274 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/cli-runtime/pkg/printers"
+	"k8s.io/kubectl/pkg/cmd/util"
+	"k8s.io/kubectl/pkg/util/templates"
+	"k8s.io/utils/ptr"
+
+	"aaserver.io/aaserver/apis/generated/clientset/versioned/scheme"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+)
+
+const (
+	// selectorTail is how many lines of each target a selector shows, as for
+	// kubectl logs.
+	selectorTail = 10
+	// pageSize is how many targets are fetched at once.
+	pageSize = 500
+)
+
+type logsOptions struct {
+	ref
+	selector                                           string
+	follow, previous, timestamps, allInstances, prefix bool
+	tail                                               int64
+	tailGiven                                          bool
+	since                                              time.Duration
+	sinceTime                                          string
+	limitBytes                                         int64
+	stream                                             string
+}
+
+func newLogsCommand(c *client) *cobra.Command {
+	o := &logsOptions{tail: -1, stream: "all"}
+	instance := ""
+	cmd := &cobra.Command{
+		Use:                   "logs [-f] [-p] (TARGET[/INSTANCE] | -l SELECTOR) [--instance INSTANCE] [flags]",
+		DisableFlagsInUseLine: true,
+		Short:                 "Print the logs of a target",
+		Long: templates.LongDesc(`
+			Print the logs of an instance of a target, of all its instances, or of all targets
+			that a selector selects.
+
+			With a selector, -f also follows targets that appear later or are created anew, until
+			it is interrupted.`),
+		Example: templates.Examples(`
+			# Return snapshot logs from the first ready instance of target web
+			kubectl target logs web
+
+			# Return snapshot logs from instance web-1 of target web
+			kubectl target logs web/web-1
+
+			# Begin streaming the logs of all instances of target web, each line with its instance
+			kubectl target logs -f web --all-instances --prefix
+
+			# Begin streaming the logs of all targets with the label app=shop, those that come later too
+			kubectl target logs -f -l app=shop --all-instances --prefix
+
+			# Return snapshot of the logs of the previous run of instance web-0
+			kubectl target logs -p web/web-0
+
+			# Display only the most recent 20 lines of output in target web
+			kubectl target logs --tail=20 web
+
+			# Show what target web wrote to standard error in the last hour
+			kubectl target logs --since=1h --stream=stderr web`),
+		ValidArgsFunction: c.completeTargets(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.tailGiven = cmd.Flag("tail").Changed
+			if err := o.complete(cmd, args, instance); err != nil {
+				return err
+			}
+			return interrupted(cmd.Context(), o.run(cmd.Context(), c))
+		},
+	}
+	flags := cmd.Flags()
+	flags.BoolVarP(&o.follow, "follow", "f", false, "Specify if the logs should be streamed.")
+	flags.BoolVarP(&o.previous, "previous", "p", false, "If true, print the logs of the previous run of the instance, if there was one.")
+	flags.BoolVar(&o.timestamps, "timestamps", false, "Include timestamps on each line in the log output")
+	flags.BoolVar(&o.allInstances, "all-instances", false, "Get the logs of all instances of the target(s).")
+	flags.BoolVar(&o.prefix, "prefix", false, "Prefix each log line with the name of its instance")
+	flags.Int64Var(&o.tail, "tail", o.tail, "Lines of recent log file to display. Defaults to -1 with no selector, showing all log lines otherwise 10, if a selector is provided.")
+	flags.Int64Var(&o.limitBytes, "limit-bytes", 0, "Maximum bytes of logs to return, of each target if a selector is provided. Defaults to no limit.")
+	flags.DurationVar(&o.since, "since", 0, "Only return logs newer than a relative duration like 5s, 2m, or 3h. Defaults to all logs. Only one of since-time / since may be used.")
+	flags.StringVar(&o.sinceTime, "since-time", "", "Only return logs after a specific date (RFC3339). Defaults to all logs. Only one of since-time / since may be used.")
+	flags.StringVar(&o.stream, "stream", o.stream, "Which output to return: all, stdout or stderr.")
+	flags.StringVarP(&o.selector, "selector", "l", "", "Selector (label query) to filter on, supports '=', '==', '!=', 'in', 'notin'.(e.g. -l key1=value1,key2=value2,key3 in (value3)).")
+	register(cmd, "stream", cobra.FixedCompletions([]string{"all", "stdout", "stderr"}, cobra.ShellCompDirectiveNoFileComp))
+	for _, flag := range []string{"tail", "limit-bytes", "since", "since-time", "selector"} {
+		register(cmd, flag, cobra.NoFileCompletions)
+	}
+	addInstanceFlag(cmd, c, &instance)
+	return cmd
+}
+
+func (o *logsOptions) complete(cmd *cobra.Command, args []string, instance string) error {
+	switch {
+	case len(args) == 1 && o.selector != "":
+		return util.UsageErrorf(cmd, "only a selector (-l) or a TARGET name is allowed")
+	case len(args) == 0 && o.selector != "":
+		if instance != "" {
+			return util.UsageErrorf(cmd, "a selector (-l) and --instance exclude each other")
+		}
+		if _, err := labels.Parse(o.selector); err != nil {
+			return err
+		}
+	case len(args) == 1:
+		var err error
+		if o.ref, err = parseRef(args[0], instance); err != nil {
+			return util.UsageErrorf(cmd, "%v", err)
+		}
+	default:
+		return util.UsageErrorf(cmd, "expected 'logs [-f] [-p] (TARGET[/INSTANCE] | -l SELECTOR)'.\nTARGET or target/NAME is a required argument for the logs command")
+	}
+	switch {
+	case o.since != 0 && o.sinceTime != "":
+		return errors.New("at most one of --since and --since-time may be used")
+	case o.since < 0:
+		return errors.New("--since must be greater than 0")
+	case o.limitBytes < 0 || o.limitBytes == 0 && cmd.Flag("limit-bytes").Changed:
+		return errors.New("--limit-bytes must be greater than 0")
+	case o.tail < -1:
+		return errors.New("--tail must be greater than or equal to -1")
+	case o.allInstances && o.instance != "":
+		return errors.New("--all-instances excludes the name of an instance")
+	}
+	return nil
+}
+
+// query returns the request's options.
+func (o *logsOptions) query() (*v1.TargetLogOptions, error) {
+	options := &v1.TargetLogOptions{
+		Instance:     o.instance,
+		Follow:       o.follow,
+		Previous:     o.previous,
+		Timestamps:   o.timestamps,
+		AllInstances: o.allInstances,
+		Prefix:       o.prefix,
+	}
+	switch strings.ToLower(o.stream) {
+	case "", "all":
+	case "stdout":
+		options.Stream = v1.LogStreamStdout
+	case "stderr":
+		options.Stream = v1.LogStreamStderr
+	default:
+		return nil, fmt.Errorf("--stream=%s: expected all, stdout or stderr", o.stream)
+	}
+	if o.sinceTime != "" {
+		t, err := time.Parse(time.RFC3339, o.sinceTime)
+		if err != nil {
+			return nil, fmt.Errorf("--since-time=%s is not a time in RFC 3339, such as 2026-01-02T15:04:05Z", o.sinceTime)
+		}
+		options.SinceTime = &metav1.Time{Time: t}
+	}
+	if o.since > 0 {
+		// Seconds are what the server takes; rather a line too many.
+		options.SinceSeconds = ptr.To(int64((o.since + time.Second - 1) / time.Second))
+	}
+	if o.limitBytes > 0 {
+		options.LimitBytes = ptr.To(o.limitBytes)
+	}
+	switch {
+	case o.tail >= 0:
+		options.TailLines = ptr.To(o.tail)
+	case o.selector != "" && !o.tailGiven:
+		options.TailLines = ptr.To(int64(selectorTail))
+	}
+	return options, nil
+}
+
+func (o *logsOptions) run(ctx context.Context, c *client) error {
+	query, err := o.query()
+	if err != nil {
+		return err
+	}
+	conn, err := c.connect()
+	if err != nil {
+		return err
+	}
+	out := &merger{w: c.Out, color: printers.AllowsColorOutput(c.Out)}
+	switch {
+	case o.selector == "":
+		return conn.copyLog(ctx, o.target, query, func(body io.Reader) error {
+			if out.color && o.prefix {
+				return out.copy(body, out.repaint)
+			}
+			_, err := io.Copy(c.Out, body)
+			return err
+		})
+	case o.follow:
+		return followSelected(ctx, c, conn, out, o.selector, query)
+	default:
+		return o.printSelected(ctx, c, conn, out, query)
+	}
+}
+
+// copyLog opens a log and copies it to its end.
+func (c *connection) copyLog(ctx context.Context, target string, query *v1.TargetLogOptions, consume func(io.Reader) error) error {
+	body, err := c.subresource("GET", target, "log").VersionedParams(query, scheme.ParameterCodec).Stream(ctx)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := consume(body); err != nil {
+		return &brokenLog{err}
+	}
+	return nil
+}
+
+// brokenLog is the error of a log that had been opened.
+type brokenLog struct{ err error }
+
+func (b *brokenLog) Error() string { return "the log broke off: " + b.err.Error() }
+func (b *brokenLog) Unwrap() error { return b.err }
+
+// printSelected prints the logs of the selected targets, one after another.
+// That one of them fails doesn't keep the others back.
+func (o *logsOptions) printSelected(ctx context.Context, c *client, conn *connection, out *merger, query *v1.TargetLogOptions) error {
+	var names []string
+	list := metav1.ListOptions{LabelSelector: o.selector, Limit: pageSize}
+	for {
+		page, err := conn.clientset.StreamingV1().Targets(conn.namespace).List(ctx, list)
+		if err != nil {
+			return err
+		}
+		for i := range page.Items {
+			names = append(names, page.Items[i].Name)
+		}
+		if list.Continue = page.Continue; list.Continue == "" {
+			break
+		}
+	}
+	if len(names) == 0 {
+		fmt.Fprintf(c.ErrOut, "No resources found in %s namespace.\n", conn.namespace)
+		return nil
+	}
+	slices.Sort(names)
+	failed := false
+	for _, name := range names {
+		err := conn.copyLog(ctx, name, query, func(body io.Reader) error { return out.copy(body, out.repaintIf(o.prefix)) })
+		if ctx.Err() != nil {
+			return err
+		}
+		if err != nil {
+			failed = true
+			message, _ := describe(err)
+			fmt.Fprintln(c.ErrOut, message)
+		}
+	}
+	if failed {
+		return errFailed
+	}
+	return nil
+}
+
+// repaintIf colours the server's prefixes if it was asked for them.
+func (m *merger) repaintIf(prefixed bool) edit {
+	if prefixed {
+		return m.repaint
+	}
+	return nil
+}
