@@ -1,0 +1,3 @@
+// Package streaming speaks the wire protocols of exec, attach, port-forward and
+// log.
+package streaming

@@ -1,0 +1,326 @@
+package streaming
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+const (
+	// closeGrace is how long what was already under way may take to be written
+	// once the request's context has ended.
+	closeGrace = 5 * time.Second
+	// slowWrite is how long a write takes if the peer, or the way to it, is
+	// slow: more than a scheduler's hiccup.
+	slowWrite = 200 * time.Millisecond
+	// lingerSilence is how long the server waits, after its last word, for a
+	// client that sends nothing.
+	lingerSilence = 10 * time.Second
+)
+
+// link is an upgraded connection: the hijacked net.Conn, whether its peer
+// lives, and the session's context.
+//
+//	open → hijack → beat → (callback) → finish → linger → close
+//
+// Everything that can go wrong with the connection ends in fail, which cancels
+// the context with the cause and closes the connection; that unblocks whoever
+// reads or writes it.
+type link struct {
+	opts   Options
+	ctx    context.Context // the session's
+	cancel context.CancelCauseFunc
+	parent context.Context // the request's
+	start  time.Time
+
+	conn net.Conn     // as hijacked
+	tcp  *net.TCPConn // below it, nil if unknown
+	pre  []byte       // what the HTTP server had read already; the reader's
+
+	// Liveness, in nanoseconds since start; 0 is never.
+	lastRead  atomic.Int64 // when something was last read
+	readStart atomic.Int64 // since when Read waits; 0 if nobody reads
+	sendStart atomic.Int64 // since when a write is under way; 0 if none is
+	lastData  atomic.Int64 // when data, not a ping, was last written
+	congested atomic.Int64 // when a write of data had last taken long
+	pinged    atomic.Int64 // when the first ping since lastRead was written
+	pinging   atomic.Bool  // a ping is being written
+
+	wmu  sync.Mutex // serialises writes; protects the two below
+	head [192]byte  // for the headers of the frame that is being written
+	vec  [2][]byte
+
+	wg     sync.WaitGroup // all goroutines of the session
+	pongs  atomic.Bool    // a pong is being written
+	timer  *time.Timer    // the next beat
+	bmu    sync.Mutex     // protects silent, and timer's being set
+	silent bool           // no more beats
+}
+
+func newLink(r *http.Request, opts Options, protocol string) *link {
+	l := &link{opts: opts, parent: r.Context(), start: time.Now()}
+	l.ctx, l.cancel = context.WithCancelCause(context.WithValue(r.Context(), protocolKey{}, protocol))
+	return l
+}
+
+// hijack takes the connection over from the HTTP server. The reader that it
+// returns reads through the link.
+func (l *link) hijack(w http.ResponseWriter) (*bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return nil, fmt.Errorf("this connection can't be upgraded: %w", err)
+	}
+	conn.SetDeadline(time.Time{})
+	l.conn = conn
+	switch c := conn.(type) {
+	case *net.TCPConn:
+		l.tcp = c
+	case *tls.Conn:
+		l.tcp, _ = c.NetConn().(*net.TCPConn)
+	}
+	if n := rw.Reader.Buffered(); n > 0 {
+		early, _ := rw.Reader.Peek(n)
+		l.pre = append(l.pre, early...)
+	}
+	rw.Reader.Reset(l)
+	return rw, nil
+}
+
+func (l *link) now() int64 { return max(int64(time.Since(l.start)), 1) }
+
+// Read reads from the connection and notes that the peer lives.
+func (l *link) Read(p []byte) (int, error) {
+	if len(l.pre) > 0 {
+		n := copy(p, l.pre)
+		l.pre = l.pre[n:]
+		return n, nil
+	}
+	l.readStart.Store(l.now())
+	n, err := l.conn.Read(p)
+	if n > 0 {
+		l.lastRead.Store(l.now())
+	}
+	l.readStart.Store(0)
+	return n, err
+}
+
+// write writes head, which lies in l.head, and body as one. wmu is held.
+func (l *link) write(head, body []byte) error {
+	began := l.now()
+	l.sendStart.Store(began)
+	var err error
+	switch {
+	case len(body) == 0:
+		_, err = l.conn.Write(head)
+	case l.tcp == l.conn:
+		l.vec = [2][]byte{head, body}
+		bufs := net.Buffers(l.vec[:])
+		_, err = bufs.WriteTo(l.tcp)
+		l.vec[1] = nil
+	default: // TLS: a record of its own for the header would cost more than the copy
+		buf := buffers.Get().(*buffer)
+		n := copy(buf[:], head)
+		m := copy(buf[n:], body)
+		_, err = l.conn.Write(buf[:n+m])
+		if err == nil && m < len(body) {
+			_, err = l.conn.Write(body[m:])
+		}
+		buffers.Put(buf)
+	}
+	if err != nil {
+		l.fail(fmt.Errorf("%w: %w", ErrClientGone, err))
+		return context.Cause(l.ctx)
+	}
+	ended := l.now()
+	if ended-began > int64(slowWrite) {
+		l.congested.Store(ended)
+	}
+	if len(body) > 0 {
+		l.lastData.Store(ended)
+	}
+	l.sendStart.Store(0)
+	return nil
+}
+
+// fail ends the session with a cause. The first one counts.
+func (l *link) fail(cause error) {
+	l.cancel(cause)
+	l.conn.Close()
+}
+
+// over returns why nothing can be written to the client any more. Once the
+// request's context has ended it can still be told so.
+func (l *link) over() error {
+	if l.ctx.Err() != nil {
+		if cause := context.Cause(l.ctx); errors.Is(cause, ErrClientGone) || errors.Is(cause, ErrPeerTimeout) {
+			return cause
+		}
+	}
+	return nil
+}
+
+// gone ends the session because reading has ended with err.
+func (l *link) gone(err error) error {
+	switch {
+	case errors.Is(err, ErrProtocol), errors.Is(err, ErrClientGone):
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		err = ErrClientGone
+	default:
+		err = fmt.Errorf("%w: %w", ErrClientGone, err)
+	}
+	l.cancel(err)
+	return err
+}
+
+// beat starts to watch the peer: ping is called at every interval, unless the
+// one before hasn't come through yet. stalled says that the peer isn't being
+// read from. ping may block; it is on a goroutine of its own.
+func (l *link) beat(ping func(stalled bool) error) {
+	interval := min(l.opts.PingInterval, l.opts.PeerTimeout/4)
+	tick := func() {
+		l.bmu.Lock()
+		if l.silent {
+			l.bmu.Unlock()
+			return
+		}
+		l.wg.Add(1)
+		defer l.wg.Done()
+		dead := l.dead()
+		if !dead {
+			l.timer.Reset(interval) // before the ping, as that may take long
+		}
+		l.bmu.Unlock()
+		if dead {
+			l.fail(ErrPeerTimeout)
+			return
+		}
+		if l.pinging.CompareAndSwap(false, true) {
+			if ping(l.readStart.Load() == 0) == nil && l.pinged.Load() <= l.lastRead.Load() {
+				l.pinged.Store(l.now())
+			}
+			l.pinging.Store(false)
+		}
+	}
+	l.bmu.Lock()
+	l.timer = time.AfterFunc(interval, tick)
+	l.bmu.Unlock()
+}
+
+// dead says whether to give the peer up.
+//
+// A peer that can answer pings has PeerTimeout to do so, from the first that
+// it left unanswered. It can't if it isn't being read from, as a command
+// doesn't read its stdin, or if it doesn't read: a paused client, or a slow one
+// with megabytes on the way to it. Anything that it sends shows that it lives
+// all the same, and client-go's WebSocket sends pings of its own while it is
+// paused. From others nothing is to be had but what their kernel
+// acknowledges, and behind a proxy not even that: they have StallTimeout.
+func (l *link) dead() bool {
+	now := l.now()
+	heard, reading, sending := l.lastRead.Load(), l.readStart.Load(), l.sendStart.Load()
+	stuck := sending != 0 && now-sending > int64(slowWrite)
+	if reading != 0 && !stuck && l.congested.Load() <= heard {
+		pinged := l.pinged.Load()
+		return pinged > heard && now-max(pinged, reading) >= int64(l.opts.PeerTimeout)
+	}
+	progress := max(heard, reading, l.lastData.Load())
+	if (reading != 0 || stuck) && now-progress >= int64(l.opts.StallTimeout) {
+		return true
+	}
+	return l.tcp != nil && unacknowledged(l.tcp, l.opts.PeerTimeout)
+}
+
+// quiet ends the beats.
+func (l *link) quiet() {
+	l.bmu.Lock()
+	defer l.bmu.Unlock()
+	l.silent = true
+	if l.timer != nil {
+		l.timer.Stop()
+	}
+}
+
+// bound makes writes fail some time after the request's context has ended, so
+// that a client which takes nothing doesn't hold a drain up. The returned
+// function undoes it.
+func (l *link) bound() func() {
+	done := make(chan struct{})
+	stop := context.AfterFunc(l.parent, func() {
+		defer close(done)
+		l.conn.SetWriteDeadline(time.Now().Add(closeGrace))
+	})
+	return func() {
+		if !stop() {
+			<-done
+		}
+	}
+}
+
+// linger waits until the client, which has been told that this was all, closes
+// the connection, so that closing it here with unread data doesn't make the
+// kernel throw away what the client hasn't read. reader is closed when reading
+// has ended.
+func (l *link) linger(reader <-chan struct{}) {
+	began := l.now()
+	silence := min(lingerSilence, l.opts.PeerTimeout)
+	timer := time.NewTimer(silence)
+	defer timer.Stop()
+	ended := l.parent.Done()
+	var grace <-chan time.Time
+	for {
+		select {
+		case <-reader:
+			return
+		case <-ended:
+			ended = nil
+			t := time.NewTimer(closeGrace)
+			defer t.Stop()
+			grace = t.C
+		case <-grace:
+			return
+		case <-timer.C:
+			now := l.now()
+			quiet := time.Duration(now - max(began, l.lastRead.Load()))
+			if quiet >= silence || time.Duration(now-began) > l.opts.StallTimeout {
+				return
+			}
+			timer.Reset(silence - quiet)
+		}
+	}
+}
+
+// close closes the connection and waits for the session's goroutines.
+func (l *link) close() {
+	l.quiet()
+	l.conn.Close()
+	l.wg.Wait()
+	l.cancel(nil)
+}
+
+// ended returns what to tell the client, and the caller: err unless the
+// session was ended from outside, which then explains it better.
+func (l *link) ended(err error) error {
+	if err != nil && l.ctx.Err() != nil {
+		return context.Cause(l.ctx)
+	}
+	return err
+}
+
+// checkOrigin refuses upgrades that a foreign web page has asked for.
+func checkOrigin(r *http.Request, opts Options) error {
+	if !opts.CheckOrigin(r) {
+		return httpErrorf(http.StatusForbidden, metav1.StatusReasonForbidden,
+			"the origin %q may not open streams here", truncate(r.Header.Get("Origin"), 256))
+	}
+	return nil
+}

@@ -1,0 +1,184 @@
+package streaming
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// The subprotocols of a log over WebSocket. Without one it is binary.
+var logSubprotocols = []string{"binary.k8s.io", "base64.binary.k8s.io", ""}
+
+// ServeLog answers the request with what write writes: chunked, as plain text,
+// or in the messages of a WebSocket. follow flushes after each Write, so write
+// whole lines or batches of them; out is an http.Flusher besides.
+//
+// Nothing is sent before the first Write or Flush, or write's successful
+// return: an error before that is answered as a metav1.Status. One after that
+// cuts the response off, so that the client can tell it from the log's end; a
+// WebSocket is closed with the code 1011 and the error's text. Either way the
+// error is returned.
+//
+// write's context ends, with a cause, when the client goes or r's context
+// ends.
+func ServeLog(w http.ResponseWriter, r *http.Request, follow bool, opts Options, write func(ctx context.Context, out io.Writer) error) error {
+	opts = opts.withDefaults()
+	if isWebSocket(r) {
+		return serveLogWebSocket(w, r, opts, write)
+	}
+	out := &httpLog{w: w, control: http.NewResponseController(w), follow: follow, stall: opts.StallTimeout}
+	ctx := context.WithValue(r.Context(), protocolKey{}, "http")
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		out.control.SetWriteDeadline(time.Now().Add(closeGrace)) // a paused client doesn't hold a drain up
+	})
+	err := write(ctx, out)
+	if !stop() {
+		<-ended
+	}
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	switch {
+	case err == nil:
+		out.begin()
+		out.control.SetWriteDeadline(time.Now().Add(opts.StallTimeout))
+	case !out.begun:
+		return refuse(w, err)
+	default:
+		// What there is goes out, and the end of the response can't be
+		// written after it: the client reports an unexpected EOF.
+		out.control.Flush()
+		out.control.SetWriteDeadline(time.Unix(1, 0))
+	}
+	return err
+}
+
+// httpLog writes a log as the body of a response.
+type httpLog struct {
+	w       http.ResponseWriter
+	control *http.ResponseController
+	follow  bool
+	stall   time.Duration
+	begun   bool
+}
+
+func (o *httpLog) begin() {
+	if !o.begun {
+		o.begun = true
+		o.w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		o.w.Header().Set("X-Content-Type-Options", "nosniff")
+		o.w.Header().Set("Cache-Control", "no-store")
+		o.w.WriteHeader(http.StatusOK)
+	}
+}
+
+func (o *httpLog) Write(p []byte) (int, error) {
+	o.begin()
+	n, err := o.w.Write(p)
+	if err == nil && o.follow {
+		err = o.control.Flush()
+	}
+	return n, err
+}
+
+// Flush sends what was written, and the response's headers if nothing was.
+func (o *httpLog) Flush() {
+	o.begin()
+	o.control.Flush()
+}
+
+func serveLogWebSocket(w http.ResponseWriter, r *http.Request, opts Options, write func(context.Context, io.Writer) error) error {
+	subprotocol, err := chooseSubprotocol(r, logSubprotocols)
+	if err != nil {
+		return refuse(w, err)
+	}
+	if err := checkOrigin(r, opts); err != nil {
+		return refuse(w, err)
+	}
+	out := &wsLog{w: w, r: r, opts: opts, subprotocol: subprotocol}
+	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), protocolKey{}, "websocket/"+subprotocol))
+	defer cancel(nil)
+	out.cancel = cancel
+	defer func() {
+		if out.conn != nil {
+			out.conn.close()
+		}
+	}()
+	err = write(ctx, out)
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil && !out.begun {
+		return refuse(w, err)
+	}
+	if begin := out.begin(); begin != nil {
+		if err == nil {
+			err = begin
+		}
+		return err
+	}
+	defer out.conn.bound()()
+	code, reason := websocket.CloseNormalClosure, ""
+	if err != nil {
+		code, reason = websocket.CloseInternalServerErr, statusOf(err).Message
+	}
+	if out.conn.over() == nil && out.conn.finish(code, reason) == nil {
+		out.conn.linger(out.reader)
+	}
+	return err
+}
+
+// wsLog writes a log as messages. It upgrades the request when it is first
+// used.
+type wsLog struct {
+	w           http.ResponseWriter
+	r           *http.Request
+	opts        Options
+	subprotocol string
+	cancel      context.CancelCauseFunc // of write's context
+
+	begun  bool
+	err    error
+	conn   *wsConn // nil if the upgrade has failed
+	reader chan struct{}
+}
+
+func (o *wsLog) begin() error {
+	if o.begun {
+		return o.err
+	}
+	o.begun = true
+	o.conn, o.err = upgradeWebSocket(o.w, o.r, o.opts, o.subprotocol)
+	if o.err != nil {
+		o.cancel(o.err)
+		return o.err
+	}
+	o.reader = make(chan struct{})
+	o.conn.wg.Go(func() {
+		defer close(o.reader)
+		for {
+			if _, _, err := o.conn.next(false); err != nil {
+				o.cancel(o.conn.gone(err))
+				return
+			}
+		}
+	})
+	// An empty message says that the connection stands.
+	o.err = o.conn.send(noChannel, nil)
+	return o.err
+}
+
+func (o *wsLog) Write(p []byte) (int, error) {
+	if err := o.begin(); err != nil {
+		return 0, err
+	}
+	return channelWriter{o.conn, noChannel}.Write(p)
+}
+
+// Flush upgrades the request if nothing was written yet.
+func (o *wsLog) Flush() { o.begin() }

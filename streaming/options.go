@@ -1,0 +1,118 @@
+package streaming
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+)
+
+// Options bound upgraded connections. The zero value is safe.
+type Options struct {
+	// CheckOrigin says whether a request with this Origin header may be
+	// upgraded. nil allows requests without an Origin, and those whose Origin
+	// has the request's Host.
+	CheckOrigin func(*http.Request) bool
+
+	// PingInterval is how often the server sends a ping; 0 is 15 s. client-go
+	// gives a WebSocket up after 61 s without a pong, so more than 30 s is
+	// unwise: see the package comment on commands that don't read their stdin.
+	PingInterval time.Duration
+
+	// PeerTimeout is how long a client may give no sign of life before it is
+	// taken for dead; 0 is 60 s. Anything that it sends is a sign, and so is
+	// that its kernel acknowledges what it is sent while the client itself
+	// can't answer, because it isn't reading or isn't being read from.
+	PeerTimeout time.Duration
+
+	// StallTimeout is how long a client may neither take any of the data that
+	// waits for it nor send anything, while its kernel is still alive: a
+	// terminal under ^S or a pager. 0 is 30 minutes. Clients that ping while
+	// they are paused, as client-go does over WebSocket, aren't subject to it.
+	StallTimeout time.Duration
+
+	// SetupTimeout is how long a client may take to create the streams it
+	// promised; 0 is 30 s.
+	SetupTimeout time.Duration
+
+	// MaxForwards bounds the connections that are open at a time in one
+	// port-forward session, those whose streams aren't complete yet included;
+	// 0 is 256.
+	MaxForwards int
+}
+
+func (o Options) withDefaults() Options {
+	if o.CheckOrigin == nil {
+		o.CheckOrigin = sameOrigin
+	}
+	if o.PingInterval <= 0 {
+		o.PingInterval = 15 * time.Second
+	}
+	if o.PeerTimeout <= 0 {
+		o.PeerTimeout = 60 * time.Second
+	}
+	if o.StallTimeout <= 0 {
+		o.StallTimeout = 30 * time.Minute
+	}
+	o.StallTimeout = max(o.StallTimeout, o.PeerTimeout)
+	if o.SetupTimeout <= 0 {
+		o.SetupTimeout = 30 * time.Second
+	}
+	if o.MaxForwards <= 0 {
+		o.MaxForwards = 256
+	}
+	return o
+}
+
+func sameOrigin(r *http.Request) bool {
+	origin := r.Header.Get("Origin")
+	if origin == "" {
+		return true
+	}
+	u, err := url.Parse(origin)
+	return err == nil && strings.EqualFold(u.Host, r.Host)
+}
+
+// What can end a session, besides its own callback and the request's context.
+// It is the cause of the callback's context, and what Serve* returns, possibly
+// wrapped.
+var (
+	// ErrClientGone: the client closed its connection, or the connection
+	// broke.
+	ErrClientGone = errors.New("the client has gone")
+	// ErrPeerTimeout: the client gave no sign of life for Options.PeerTimeout,
+	// or took nothing for Options.StallTimeout.
+	ErrPeerTimeout = errors.New("the client no longer answers")
+	// ErrSetupTimeout: the client didn't create the streams it promised within
+	// Options.SetupTimeout.
+	ErrSetupTimeout = errors.New("the client did not create its streams in time")
+	// ErrProtocol: the client broke the protocol.
+	ErrProtocol = errors.New("the client broke the protocol")
+	// ErrStreamReset: the client gave up one of its streams. It ends that
+	// stream alone.
+	ErrStreamReset = errors.New("the client reset the stream")
+)
+
+// ExitError is how the callback of ServeCommand reports an exit code other
+// than 0.
+type ExitError struct {
+	// Code is the exit code, 1 to 255.
+	Code int
+}
+
+func (e *ExitError) Error() string {
+	return fmt.Sprintf("command terminated with exit code %d", e.Code)
+}
+
+type protocolKey struct{}
+
+// Protocol says which protocol was negotiated, for records: for example
+// "websocket/v5.channel.k8s.io", "spdy/v4.channel.k8s.io" or "http". ctx is
+// what the callback of Serve* was given.
+func Protocol(ctx context.Context) string {
+	name, _ := ctx.Value(protocolKey{}).(string)
+	return name
+}

@@ -1,0 +1,377 @@
+package streaming
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/gorilla/websocket"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/portforward"
+)
+
+// HeaderErrorText on the error stream of a forwarded connection asks for the
+// text of its failure, by the value "true". It isn't sent unasked: client-go
+// ends all forwards of its session when it gets such a text.
+const HeaderErrorText = "X-Error-Text"
+
+// PortStream is a connection whose directions end independently.
+// *net.TCPConn is one.
+type PortStream interface {
+	io.ReadWriteCloser
+	// CloseWrite ends the direction to the port; reading goes on.
+	CloseWrite() error
+}
+
+// PortForwardRequest says what the client asked for.
+type PortForwardRequest struct {
+	// Ports, if there are any, are the only ones that may be dialled. The
+	// legacy WebSocket protocol needs them: it forwards one connection to each.
+	Ports []uint16
+}
+
+// The subprotocols of port-forwarding over WebSocket: the tunnel, and the
+// legacy form.
+var portForwardSubprotocols = []string{
+	portforward.WebsocketsSPDYTunnelingPortForwardV1,
+	"v4.channel.k8s.io", "v4.base64.channel.k8s.io", "",
+}
+
+// ServePortForward upgrades the request to one of the protocols of
+// port-forward, dials for each connection that the client opens, and copies
+// until the client goes or r's context ends. When it returns, all that it
+// started has ended. It returns what ended the session, nil if the client
+// closed it in order.
+//
+// A failure before the upgrade is answered as a metav1.Status, and returned. A
+// failure of dial ends that connection alone; see HeaderErrorText.
+//
+// dial may be called from several goroutines at once. Its context ends with
+// the session, and bounds dialling only.
+func ServePortForward(w http.ResponseWriter, r *http.Request, req PortForwardRequest, opts Options, dial func(ctx context.Context, port uint16) (PortStream, error)) error {
+	opts = opts.withDefaults()
+	f := &forwarder{allowed: req.Ports, opts: opts, dial: dial, pairs: map[string]*pair{}}
+	if !isWebSocket(r) {
+		protocol, err := negotiateSPDY(w, r, []string{portforward.PortForwardV1Name})
+		if err != nil {
+			return refuse(w, err)
+		}
+		c, err := upgradeSPDY(w, r, opts, "spdy/"+protocol, protocol)
+		if err != nil {
+			return err
+		}
+		return f.serve(c)
+	}
+	subprotocol, err := chooseSubprotocol(r, portForwardSubprotocols)
+	if err != nil {
+		return refuse(w, err)
+	}
+	tunnel := subprotocol == portforward.WebsocketsSPDYTunnelingPortForwardV1
+	if !tunnel && (len(req.Ports) == 0 || len(req.Ports) > min(maxLegacyPorts, opts.MaxForwards)) {
+		return refuse(w, httpErrorf(http.StatusBadRequest, metav1.StatusReasonBadRequest,
+			"this WebSocket protocol needs 1 to %d ports in the query: ports=80", min(maxLegacyPorts, opts.MaxForwards)))
+	}
+	ws, err := upgradeWebSocket(w, r, opts, subprotocol)
+	if err != nil {
+		return err
+	}
+	if tunnel {
+		return f.serve(tunnelSPDY(ws))
+	}
+	return f.serveLegacy(ws)
+}
+
+// forwarder forwards the connections of one session.
+type forwarder struct {
+	allowed []uint16
+	opts    Options
+	dial    func(ctx context.Context, port uint16) (PortStream, error)
+
+	mu    sync.Mutex // protects all below; never held while writing
+	pairs map[string]*pair
+	count int // connections, those in pairs included
+}
+
+// pair is a connection of which not all streams have come yet.
+type pair struct {
+	port         uint16
+	errors, data *spdyStream
+	timer        *time.Timer
+}
+
+func (f *forwarder) serve(c *spdyConn) error {
+	defer c.close()
+	defer c.bound()()
+	reader := c.serve(f.accept)
+	<-c.ctx.Done()
+	cause := context.Cause(c.ctx)
+
+	f.mu.Lock()
+	for _, p := range f.pairs {
+		p.timer.Stop()
+	}
+	f.mu.Unlock()
+	if c.over() == nil && c.finish() == nil {
+		c.linger(reader)
+	}
+	if cause == ErrClientGone { //nolint:errorlint // wrapped, it says that something went wrong
+		return nil
+	}
+	return cause
+}
+
+// accept takes a stream, and starts to forward when it has both of a
+// connection.
+func (f *forwarder) accept(c *spdyConn, s *spdyStream) bool {
+	kind := s.headers.Get("streamType")
+	port, err := strconv.ParseUint(s.headers.Get("port"), 10, 16)
+	if err != nil || port == 0 || kind != "error" && kind != "data" {
+		return false
+	}
+	id := s.headers.Get("requestID")
+	if id == "" {
+		// A client from before there were such IDs opens both streams one
+		// after the other, error first.
+		n := s.id
+		if kind == "data" {
+			n -= 2
+		}
+		id = "stream " + strconv.FormatUint(uint64(n), 10)
+	}
+
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p := f.pairs[id]
+	if p == nil {
+		if f.count >= f.opts.MaxForwards {
+			if kind == "error" && s.headers.Get(HeaderErrorText) == "true" {
+				c.wg.Go(func() {
+					fmt.Fprintf(s, "more than %d connections at a time", f.opts.MaxForwards)
+					s.Close()
+				})
+				return true
+			}
+			return false
+		}
+		p = &pair{port: uint16(port)}
+		p.timer = time.AfterFunc(f.opts.SetupTimeout, func() { f.expire(c, id, p) })
+		f.pairs[id] = p
+		f.count++
+	}
+	if uint16(port) != p.port || kind == "error" && p.errors != nil || kind == "data" && p.data != nil {
+		return false
+	}
+	if kind == "error" {
+		p.errors = s
+	} else {
+		p.data = s
+	}
+	if p.errors == nil || p.data == nil {
+		return true
+	}
+	p.timer.Stop()
+	delete(f.pairs, id)
+	c.wg.Go(func() {
+		f.forward(c, p)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.count--
+	})
+	return true
+}
+
+// expire gives up a connection whose second stream hasn't come.
+func (f *forwarder) expire(c *spdyConn, id string, p *pair) {
+	f.mu.Lock()
+	if f.pairs[id] != p || c.ctx.Err() != nil {
+		f.mu.Unlock()
+		return
+	}
+	delete(f.pairs, id)
+	f.count--
+	c.wg.Add(1)
+	f.mu.Unlock()
+	defer c.wg.Done()
+	for _, s := range []*spdyStream{p.errors, p.data} {
+		if s != nil {
+			s.Reset()
+		}
+	}
+}
+
+// forward serves one connection from dialling to its end.
+func (f *forwarder) forward(c *spdyConn, p *pair) {
+	defer p.errors.Close()
+	backend, err := f.open(c.ctx, p.port)
+	if err != nil {
+		if p.errors.headers.Get(HeaderErrorText) == "true" {
+			io.WriteString(p.errors, truncate(statusOf(err).Message, maxStatus))
+		}
+		p.data.Reset()
+		return
+	}
+	// Reset before the error stream is closed: client-go waits for that one.
+	join(c.ctx, p.data.in, p.data, backend)
+}
+
+func (f *forwarder) open(ctx context.Context, port uint16) (PortStream, error) {
+	if len(f.allowed) > 0 && !slices.Contains(f.allowed, port) {
+		return nil, fmt.Errorf("port %d is not one of those asked for", port)
+	}
+	return f.dial(ctx, port)
+}
+
+// out is the way to the client.
+type out interface {
+	io.Writer
+	CloseWrite() error
+	Reset() error
+}
+
+// join copies both ways until both have ended, and closes the backend. A
+// half-close is passed on. What fails on the side of the backend resets the
+// client's stream; what fails on the client's closes the backend.
+func join(ctx context.Context, in *inbox, client out, backend PortStream) {
+	var once sync.Once
+	hangUp := func() { once.Do(func() { backend.Close() }) }
+	defer hangUp()
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		hangUp()
+	})
+	defer func() {
+		if !stop() {
+			<-ended
+		}
+	}()
+
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		w := &markedWriter{w: backend}
+		_, err := in.WriteTo(w)
+		switch {
+		case err == nil:
+			if backend.CloseWrite() != nil {
+				hangUp()
+			}
+		case w.err != nil:
+			// The backend takes no more; what it still says is passed on.
+		default:
+			hangUp()
+		}
+		in.Close()
+	})
+
+	buf := chunks.Get().(*chunk)
+	for {
+		n, err := backend.Read(buf.data[:])
+		if n > 0 {
+			if _, err := client.Write(buf.data[:n]); err != nil {
+				hangUp()
+				break
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			client.CloseWrite()
+			break
+		}
+		if err != nil {
+			client.Reset()
+			in.Close()
+			break
+		}
+	}
+	chunks.Put(buf)
+	wg.Wait()
+}
+
+// markedWriter remembers that it was the writer that failed.
+type markedWriter struct {
+	w   io.Writer
+	err error
+}
+
+func (m *markedWriter) Write(p []byte) (int, error) {
+	n, err := m.w.Write(p)
+	m.err = err
+	return n, err
+}
+
+// maxLegacyPorts is what fits the legacy protocol's channel byte, in base64
+// too, where it is a printable character.
+const maxLegacyPorts = 32
+
+// serveLegacy forwards one connection to each port: channel 2i carries its
+// data, channel 2i+1 an error text; each begins with the port, in two bytes,
+// the lower one first.
+func (f *forwarder) serveLegacy(c *wsConn) error {
+	defer c.close()
+	defer c.bound()()
+	inboxes := make([]*inbox, len(f.allowed))
+	for i, port := range f.allowed {
+		inboxes[i] = newInbox(streamLimits)
+		number := binary.LittleEndian.AppendUint16(nil, port)
+		for _, channel := range []int{2 * i, 2*i + 1} {
+			if err := c.send(channel, number); err != nil {
+				return err
+			}
+		}
+	}
+	reader := make(chan struct{})
+	c.wg.Go(func() {
+		defer close(reader)
+		err := c.gone(f.readLegacy(c, inboxes))
+		for _, in := range inboxes {
+			in.end(err)
+		}
+	})
+	var wg sync.WaitGroup
+	for i, port := range f.allowed {
+		wg.Go(func() {
+			defer inboxes[i].Close()
+			backend, err := f.dial(c.ctx, port)
+			if err != nil {
+				c.send(2*i+1, []byte(truncate(statusOf(err).Message, maxStatus)))
+				return
+			}
+			join(c.ctx, inboxes[i], legacyOut{channelWriter{c, 2 * i}}, backend)
+		})
+	}
+	wg.Wait()
+	cause := context.Cause(c.ctx)
+	if c.over() == nil && c.finish(websocket.CloseNormalClosure, "") == nil {
+		c.linger(reader)
+	}
+	if errors.Is(cause, ErrClientGone) {
+		return nil
+	}
+	return cause
+}
+
+func (f *forwarder) readLegacy(c *wsConn, inboxes []*inbox) error {
+	for {
+		channel, r, err := c.next(true)
+		if err != nil {
+			return err
+		}
+		if i := int(channel / 2); channel%2 == 0 && i < len(inboxes) {
+			if err := inboxes[i].receive(r, -1); err != nil {
+				return c.protocolError(err)
+			}
+		}
+	}
+}
+
+// legacyOut has no way to say that one connection has ended.
+type legacyOut struct{ channelWriter }
+
+func (legacyOut) CloseWrite() error { return nil }
+func (legacyOut) Reset() error      { return nil }
