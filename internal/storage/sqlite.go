@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -16,9 +17,11 @@ import (
 	"time"
 
 	"github.com/k3s-io/kine/pkg/drivers"
+	"github.com/k3s-io/kine/pkg/drivers/generic"
 	kinesqlite "github.com/k3s-io/kine/pkg/drivers/sqlite"
 	"github.com/k3s-io/kine/pkg/logstructured"
 	"github.com/k3s-io/kine/pkg/logstructured/sqllog"
+	"github.com/k3s-io/kine/pkg/query"
 	"github.com/k3s-io/kine/pkg/server"
 	"k8s.io/klog/v2"
 	modernc "modernc.org/sqlite"
@@ -69,13 +72,13 @@ func (d *sqliteDB) prepare(ctx context.Context) (release func(), err error) {
 	case !info.Mode().IsRegular():
 		return nil, fmt.Errorf("can't open %s: it isn't a regular file", d)
 	}
-	release, err = lock(d.path+".lock", d.String())
+	unlock, err := lock(d.path+".lock", d.String())
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			release()
+			unlock()
 		}
 	}()
 	// SQLite gives its other files the same mode.
@@ -90,7 +93,7 @@ func (d *sqliteDB) prepare(ctx context.Context) (release func(), err error) {
 	if err := d.try(ctx); err != nil {
 		return nil, fmt.Errorf("can't open %s for writing: %w", d, oneLine(err))
 	}
-	return release, nil
+	return unlock, nil
 }
 
 // damaged is the refusal of a file that isn't what it should be.
@@ -106,14 +109,24 @@ func (d *sqliteDB) damaged(what string) error {
 // it. So it gets a directory with hard links to both and opens the database
 // for reading only: what it writes there is the log's index alone.
 func (d *sqliteDB) check(ctx context.Context, f *os.File) error {
-	header := make([]byte, 16)
-	switch n, err := io.ReadFull(f, header); {
-	case n == 0 && err == io.EOF:
+	// https://www.sqlite.org/fileformat.html#the_database_header
+	header := make([]byte, 100)
+	n, err := io.ReadFull(f, header)
+	switch {
+	case err == io.EOF:
 		return nil // new
-	case err != nil && !errors.Is(err, io.ErrUnexpectedEOF):
+	case err != nil && err != io.ErrUnexpectedEOF:
 		return fmt.Errorf("can't read %s: %w", d, err)
-	case !bytes.Equal(header, []byte("SQLite format 3\x00")):
+	case n < len(header) || !bytes.HasPrefix(header, []byte("SQLite format 3\x00")):
 		return d.damaged("is damaged or isn't an SQLite database")
+	}
+	// SQLite takes a file without a whole page for an empty one.
+	info, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("can't read %s: %w", d, err)
+	}
+	if info.Size() < int64(binary.BigEndian.Uint16(header[16:])) {
+		return d.damaged("is damaged (its first page is cut off)")
 	}
 
 	dir := d.path + ".check"
@@ -123,7 +136,7 @@ func (d *sqliteDB) check(ctx context.Context, f *os.File) error {
 		return fmt.Errorf("can't remove an old directory: %w", err)
 	}
 	defer os.RemoveAll(dir)
-	err := os.Mkdir(dir, 0o700)
+	err = os.Mkdir(dir, 0o700)
 	for _, suffix := range []string{"", "-wal", "-journal"} {
 		if err != nil {
 			break
@@ -195,7 +208,8 @@ func (d *sqliteDB) try(ctx context.Context) error {
 	return tx.Rollback()
 }
 
-func (d *sqliteDB) open(ctx context.Context, wg *sync.WaitGroup, cfg *drivers.Config) (server.Backend, func(), error) {
+// connect has kine open the database.
+func (d *sqliteDB) connect(ctx context.Context, wg *sync.WaitGroup, cfg *drivers.Config) (*generic.Generic, error) {
 	params := url.Values{
 		"_busy_timeout": {busyTimeout},
 		"_journal_mode": {"WAL"},
@@ -210,24 +224,47 @@ func (d *sqliteDB) open(ctx context.Context, wg *sync.WaitGroup, cfg *drivers.Co
 	cfg.DataSourceName = dataSource(d.path) + "?" + params.Encode()
 	_, dialect, err := kinesqlite.NewVariant(ctx, wg, "sqlite3", cfg)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := verifyDurable(ctx, dialect.DB); err != nil {
+		return nil, err
+	}
+	return dialect, nil
+}
+
+func (d *sqliteDB) open(ctx context.Context, wg *sync.WaitGroup, cfg *drivers.Config) (server.Backend, func(), error) {
+	dialect, err := d.connect(ctx, wg, cfg)
+	if err != nil {
 		return nil, nil, err
 	}
 	backend := &faithful{
-		Backend:   logstructured.New(explainingLog{sqllog.New(dialect, wg, cfg)}),
+		Backend:   logstructured.New(explainingLog{sqllog.New(unleakingDialect{dialect}, wg, cfg)}),
 		writes:    make(chan struct{}, 1),
 		explained: true,
 	}
 	closed := func() {
-		// Some of kine's goroutines aren't counted and may still have a
-		// connection; the last one to be closed writes the log back.
-		for dialect.DB.Stats().OpenConnections > 0 {
+		// Some of kine's goroutines aren't counted and may have a connection
+		// for a moment longer.
+		for deadline := time.Now().Add(closeTimeout); dialect.DB.Stats().OpenConnections > 0 && time.Now().Before(deadline); {
 			time.Sleep(time.Millisecond)
+		}
+		// The last connection to be closed writes the log back, but when two
+		// are at the same time, neither is the last.
+		if _, err := os.Stat(d.path + "-wal"); err == nil {
+			if err := d.try(context.Background()); err != nil {
+				klog.InfoS("The database's log is left for the next start", "database", d.path, "err", err)
+			}
 		}
 	}
 	return backend, closed, nil
+}
+
+// unleakingDialect prepares the statement of kine's poll loop in spite of a
+// context that ends: kine v0.17.5 would lose the connection.
+type unleakingDialect struct{ *generic.Generic }
+
+func (d unleakingDialect) PrepareAfter(ctx context.Context, limit int64) (*query.Stmt, error) {
+	return d.Generic.PrepareAfter(context.WithoutCancel(ctx), limit)
 }
 
 // verifyDurable makes sure that the connection's settings are in force: each

@@ -75,7 +75,7 @@ type Options struct {
 
 // Backend is a running database.
 type Backend struct {
-	endpoint string
+	listener net.Listener
 	grpc     *grpc.Server
 	// cleanups run in reverse order when everything else has ended.
 	cleanups []func()
@@ -130,7 +130,7 @@ func Start(ctx context.Context, opts Options) (_ *Backend, err error) {
 		return nil, err
 	}
 	b.cleanups = append(b.cleanups, removeSocket)
-	b.endpoint = "unix://" + listener.Addr().String()
+	b.listener = listener
 
 	// kine knows one context, for starting and for running.
 	unlink := context.AfterFunc(ctx, stop)
@@ -177,7 +177,7 @@ func Start(ctx context.Context, opts Options) (_ *Backend, err error) {
 
 	go func() {
 		defer close(b.served)
-		if err := b.grpc.Serve(listener); err != nil {
+		if err := b.grpc.Serve(listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			b.finish(fmt.Errorf("the storage for %s stopped: %w", db, err))
 		}
 	}()
@@ -186,12 +186,12 @@ func Start(ctx context.Context, opts Options) (_ *Backend, err error) {
 		wg.Wait()
 		waitClosed()
 	}()
-	klog.V(2).InfoS("Storage is ready", "database", db.String(), "endpoint", b.endpoint)
+	klog.V(2).InfoS("Storage is ready", "database", db.String(), "endpoint", b.Endpoint())
 	return b, nil
 }
 
 // Endpoint is what the generic API server takes as --etcd-servers.
-func (b *Backend) Endpoint() string { return b.endpoint }
+func (b *Backend) Endpoint() string { return "unix://" + b.listener.Addr().String() }
 
 // Done is closed when the backend no longer serves: after Close, or because it
 // failed. Close must be called in either case.

@@ -7,16 +7,18 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/k3s-io/kine/pkg/drivers"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -26,6 +28,11 @@ import (
 func TestMain(m *testing.M) {
 	if path := os.Getenv("STORAGE_TEST_WRITER"); path != "" {
 		writeForever(path)
+	}
+	if endpoint := os.Getenv("STORAGE_TEST_START"); endpoint != "" {
+		_, err := Start(context.Background(), Options{Endpoint: endpoint})
+		fmt.Println(err)
+		os.Exit(0)
 	}
 	goleak.VerifyTestMain(m,
 		// klog's flusher, and the goroutine of a package that kine links.
@@ -297,12 +304,12 @@ func TestBackendsAreIndependent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var names []string
+	names := map[string]bool{}
 	for _, f := range families {
-		names = append(names, f.GetName())
+		names[f.GetName()] = true
 	}
-	if diff := cmp.Diff([]string{"kine_sql_time_seconds", "kine_sql_total"}, names); diff != "" {
-		t.Errorf("metrics (-want +got):\n%s", diff)
+	if !names["kine_sql_time_seconds"] || !names["kine_sql_total"] {
+		t.Errorf("metrics: %v", names)
 	}
 }
 
@@ -324,7 +331,7 @@ func TestSocketIsPrivate(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "state.db")
-			for range 2 {
+			for round := range 2 {
 				b, err := Start(t.Context(), Options{Endpoint: endpointOf(t, path), SocketDir: tc.dir})
 				if err != nil {
 					t.Fatal(err)
@@ -343,7 +350,7 @@ func TestSocketIsPrivate(t *testing.T) {
 				if info, err = os.Stat(filepath.Dir(socket)); err != nil || info.Mode().Perm() != tc.wantDirMode {
 					t.Errorf("directory mode %v, %v", info.Mode(), err)
 				}
-				create(t, client(t, b), fmt.Sprintf("/r/%s", b.Endpoint()), "v")
+				create(t, client(t, b), fmt.Sprintf("/r/%d", round), "v")
 				stop(t, b)
 				if !tc.wantInDir {
 					if _, err := os.Stat(filepath.Dir(socket)); !errors.Is(err, os.ErrNotExist) {
@@ -381,8 +388,15 @@ func TestPathsWithSpecialCharacters(t *testing.T) {
 func TestSettingsAreInForceOnEveryConnection(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state.db")
 	ctx := t.Context()
-	d := &sqliteDB{path: path}
-	db := openedByKine(t, d)
+	kineCtx, end := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer end()
+	dialect, err := (&sqliteDB{path: path}).connect(kineCtx, &wg, &drivers.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	db := dialect.DB
 	for i := range 8 {
 		conn, err := db.Conn(ctx)
 		if err != nil {
@@ -676,6 +690,169 @@ func TestCheckChangesNothing(t *testing.T) {
 	}
 }
 
+// TestCheckOfHalfWrittenBack: a process can be killed while SQLite writes its
+// log back into the database, which is then whole only together with the log.
+func TestCheckOfHalfWrittenBack(t *testing.T) {
+	path := sample(t, true)
+	old, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.ReadFile(path + "-wal")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(path + "-shm"); err != nil {
+		t.Fatal(err)
+	}
+	db, err := sql.Open("sqlite", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.Exec("PRAGMA wal_checkpoint(TRUNCATE)"); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	mixed, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for at := 0; at+4096 <= len(old); at += 2 * 4096 {
+		copy(mixed[at:at+4096], old[at:])
+	}
+	for at := len(old) + 4096; at+4096 <= len(mixed); at += 2 * 4096 {
+		clear(mixed[at : at+4096])
+	}
+	if err := os.WriteFile(path, mixed, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check := func() error {
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		return (&sqliteDB{path: path}).check(t.Context(), f)
+	}
+	if err := check(); err == nil {
+		t.Error("without the log, it passes")
+	}
+	if err := os.WriteFile(path+"-wal", log, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := check(); err != nil {
+		t.Error(err)
+	}
+	if n := len(contents(t, client(t, start(t, path)), "/r/")); n != 200 {
+		t.Errorf("%d objects", n)
+	}
+}
+
+// TestFullDisk stands a limit on the size of files in for a full disk.
+func TestFullDisk(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	c := client(t, start(t, path))
+	rev := create(t, c, "/r/old", "v")
+	info, err := os.Stat(path + "-wal")
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	signal.Ignore(syscall.SIGXFSZ)
+	defer signal.Reset(syscall.SIGXFSZ)
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	full := syscall.Rlimit{Cur: uint64(info.Size()), Max: limit.Max}
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &full); err != nil {
+		t.Fatal(err)
+	}
+	big := strings.Repeat("v", 100_000)
+	_, cerr := c.Txn(t.Context()).If(clientv3.Compare(clientv3.ModRevision("/r/new"), "=", 0)).Then(clientv3.OpPut("/r/new", big)).Commit()
+	_, uerr := update(c, "/r/old", big, rev)
+	_, derr := remove(c, "/r/old", rev)
+	kvs := contents(t, c, "/r/")
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
+		t.Fatal(err)
+	}
+
+	for op, err := range map[string]error{"create": cerr, "update": uerr, "delete": derr} {
+		if err == nil || !strings.Contains(err.Error(), "the database didn't store the change: ") {
+			t.Errorf("%s: %v", op, err)
+		}
+	}
+	if diff := cmp.Diff([]string{"/r/old=v"}, kvs); diff != "" {
+		t.Errorf("with a full disk (-want +got):\n%s", diff)
+	}
+	if r, err := update(c, "/r/old", "v2", rev); err != nil || !r.Succeeded {
+		t.Errorf("update when there is space again: %v, %v", r, err)
+	}
+	create(t, c, "/r/new", "v")
+	if diff := cmp.Diff([]string{"/r/new=v", "/r/old=v2"}, contents(t, c, "/r/")); diff != "" {
+		t.Errorf("when there is space again (-want +got):\n%s", diff)
+	}
+}
+
+// TestUnusableFiles needs a user who may not do everything.
+func TestUnusableFiles(t *testing.T) {
+	dir := shortDir(t)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	self := filepath.Join(dir, "self")
+	if err := os.Link(os.Args[0], self); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		dirMode, fileMode os.FileMode
+		want              string
+	}{
+		"a directory that can't be written to": {dirMode: 0o555, want: "permission denied"},
+		"a directory that can't be entered":    {dirMode: 0o600, want: "permission denied"},
+		"a file that can't be written to":      {dirMode: 0o755, fileMode: 0o444, want: "permission denied"},
+		"a file that can't be read":            {dirMode: 0o755, fileMode: 0o200, want: "permission denied"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			data, err := os.MkdirTemp(dir, "d")
+			if err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(data, "state.db")
+			if tc.fileMode != 0 {
+				if err := os.WriteFile(path, nil, tc.fileMode); err != nil {
+					t.Fatal(err)
+				}
+			}
+			cmd := exec.Command(self)
+			cmd.Env = append(os.Environ(), "STORAGE_TEST_START="+endpointOf(t, path))
+			if os.Getuid() == 0 {
+				const nobody = 65534
+				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+				for _, p := range []string{data, path} {
+					if err := os.Chown(p, nobody, nobody); err != nil && !errors.Is(err, os.ErrNotExist) {
+						t.Fatal(err)
+					}
+				}
+			}
+			if err := os.Chmod(data, tc.dirMode); err != nil {
+				t.Fatal(err)
+			}
+			defer os.Chmod(data, 0o755)
+			out, err := cmd.CombinedOutput()
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			got := strings.TrimSuffix(string(out), "\n")
+			if !strings.Contains(got, tc.want) || !strings.Contains(got, path) || strings.Contains(got, "\n") {
+				t.Errorf("got %q, want a line with %q and %q", got, path, tc.want)
+			}
+		})
+	}
+}
+
 func TestUnusableEndpoints(t *testing.T) {
 	dir := t.TempDir()
 	for name, tc := range map[string]struct {
@@ -771,8 +948,11 @@ func TestCloseEndsWatchesInBoundedTime(t *testing.T) {
 }
 
 func TestFailureEndsTheBackend(t *testing.T) {
-	b := start(t, filepath.Join(t.TempDir(), "state.db"))
-	b.failListener(t)
+	b, err := Start(t.Context(), Options{Endpoint: endpointOf(t, filepath.Join(t.TempDir(), "state.db"))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.listener.Close()
 	select {
 	case <-b.Done():
 	case <-time.After(30 * time.Second):
@@ -785,5 +965,3 @@ func TestFailureEndsTheBackend(t *testing.T) {
 		t.Error(err)
 	}
 }
-
-var _ = io.EOF
