@@ -101,9 +101,10 @@ func NewCommand(streams genericiooptions.IOStreams) *cobra.Command {
 
 			Targets are listed, created, changed, scaled and deleted by kubectl itself, as in
 			'kubectl get targets'.`),
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		Run:           func(cmd *cobra.Command, _ []string) { _ = cmd.Help() },
+		DisableFlagsInUseLine: true,
+		SilenceErrors:         true,
+		SilenceUsage:          true,
+		Run:                   func(cmd *cobra.Command, _ []string) { _ = cmd.Help() },
 	}
 	root.SetIn(streams.In)
 	root.SetOut(streams.Out)
@@ -131,9 +132,30 @@ func NewCommand(streams genericiooptions.IOStreams) *cobra.Command {
 	}
 	groups.Add(root)
 	templates.ActsAsRootCommand(root, []string{"options"}, groups...)
+	root.SetUsageFunc(displayName(root, root.UsageFunc()))
 	root.AddCommand(newVersionCommand(c), newOptionsCommand(c))
 	registerGlobalCompletions(root, c)
 	return root
+}
+
+// displayName puts the name that users type into the one line in which kubectl's
+// template has the binary's.
+func displayName(root *cobra.Command, usage func(*cobra.Command) error) func(*cobra.Command) error {
+	return func(cmd *cobra.Command) error {
+		if cmd != root {
+			return usage(cmd)
+		}
+		out := cmd.OutOrStderr()
+		var text strings.Builder
+		cmd.SetOut(&text)
+		err := usage(cmd)
+		cmd.SetOut(out)
+		if err != nil {
+			return err
+		}
+		_, err = io.WriteString(out, strings.ReplaceAll(text.String(), `"`+root.Name()+" ", `"`+root.DisplayName()+" "))
+		return err
+	}
 }
 
 // addVerbosityFlag offers the one of klog's flags that kubectl's users know:
@@ -279,9 +301,4 @@ func parseRef(arg, instance string) (ref, error) {
 func addInstanceFlag(cmd *cobra.Command, c *client, instance *string) {
 	cmd.Flags().StringVar(instance, "instance", "", "Name of the instance. If omitted, the first instance that is ready is used.")
 	register(cmd, "instance", c.completeInstances)
-}
-
-// discard reads and drops what a peer still sends, so much at most.
-func discard(r io.Reader, limit int64) {
-	_, _ = io.Copy(io.Discard, io.LimitReader(r, limit))
 }

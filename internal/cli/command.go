@@ -82,31 +82,49 @@ func monitor(t *term.TTY, initial ...*term.TerminalSize) remotecommand.TerminalS
 // stream runs a request for exec or attach to its end. The terminal is as it
 // was when it returns.
 func (c *connection) stream(ctx context.Context, t term.TTY, target string, u *url.URL, options remotecommand.StreamOptions) error {
-	executor, err := c.executor(u, target)
+	executor, dialled, err := c.executor(u, target)
 	if err != nil {
 		return err
 	}
 	return t.Safe(func() error {
-		return upgradeError(c.config.Host, executor.StreamWithContext(ctx, options))
+		err := executor.StreamWithContext(ctx, options)
+		if err != nil && dialled.err != nil {
+			err = dialled.err
+		}
+		return upgradeError(c.config.Host, err)
 	})
 }
 
 // executor speaks WebSocket, or SPDY where that doesn't get through.
 // KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false leaves SPDY alone, as for kubectl.
-func (c *connection) executor(u *url.URL, target string) (remotecommand.Executor, error) {
+func (c *connection) executor(u *url.URL, target string) (remotecommand.Executor, *dialResult, error) {
 	transport, upgrader, err := spdy.RoundTripperFor(c.config)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	executor, err := remotecommand.NewSPDYExecutorForTransports(transport, refusingUpgrader{upgrader, target}, http.MethodPost, u)
+	dialled := &dialResult{RoundTripper: transport}
+	executor, err := remotecommand.NewSPDYExecutorForTransports(dialled, refusingUpgrader{upgrader, target}, http.MethodPost, u)
 	if err != nil || cmdutil.RemoteCommandWebsockets.IsDisabled() {
-		return executor, err
+		return executor, dialled, err
 	}
 	websocket, err := remotecommand.NewWebSocketExecutor(c.config, http.MethodGet, u.String())
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return remotecommand.NewFallbackExecutor(websocket, executor, fallBack)
+	executor, err = remotecommand.NewFallbackExecutor(websocket, executor, fallBack)
+	return executor, dialled, err
+}
+
+// dialResult keeps the error of a request, of which client-go's SPDY executor
+// leaves the text alone.
+type dialResult struct {
+	http.RoundTripper
+	err error
+}
+
+func (d *dialResult) RoundTrip(req *http.Request) (resp *http.Response, err error) {
+	resp, d.err = d.RoundTripper.RoundTrip(req)
+	return resp, d.err
 }
 
 // refusingUpgrader keeps the server's Status, of which client-go's own upgrader

@@ -22,12 +22,10 @@ import (
 
 	"aaserver.io/aaserver/apis/generated/clientset/versioned/scheme"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/streaming"
 )
 
 const (
-	// headerErrorText asks the server, on an error stream, to say in it why a
-	// connection was refused. Clients that do not ask would end their session.
-	headerErrorText = "X-Error-Text"
 	// maxReason bounds what is printed of the reason for a refused connection.
 	maxReason = 4 << 10
 	// reasonTimeout bounds the wait for the reason, once a connection has
@@ -430,7 +428,7 @@ func (f *forwarder) handle(ctx context.Context, local *net.TCPConn, port uint16)
 	headers.Set(corev1.StreamType, corev1.StreamTypeError)
 	headers.Set(corev1.PortHeader, strconv.Itoa(int(port)))
 	headers.Set(corev1.PortForwardRequestIDHeader, strconv.FormatInt(f.requests.Add(1)-1, 10))
-	headers.Set(headerErrorText, "true")
+	headers.Set(streaming.HeaderErrorText, "true")
 	errorStream, err := f.remote.CreateStream(headers)
 	if err != nil {
 		abortLocal()
@@ -441,13 +439,15 @@ func (f *forwarder) handle(ctx context.Context, local *net.TCPConn, port uint16)
 	// Nothing is ever sent on it.
 	_ = errorStream.Close()
 
-	headers.Del(headerErrorText)
+	headers.Del(streaming.HeaderErrorText)
 	headers.Set(corev1.StreamType, corev1.StreamTypeData)
 	data, err := f.remote.CreateStream(headers)
 	if err != nil {
 		abortLocal()
-		if reason := readReason(errorStream); reason != "" {
-			return errors.New(reason)
+		timer := time.AfterFunc(reasonTimeout, func() { _ = errorStream.Reset() })
+		defer timer.Stop()
+		if text := readReason(errorStream); text != "" {
+			return errors.New(text)
 		}
 		return fmt.Errorf("creating the data stream: %w", err)
 	}
