@@ -364,6 +364,9 @@ func validateEnv(env []api.EnvVar, p *field.Path) field.ErrorList {
 	return errs
 }
 
+// validateCommandSize bounds what a command takes as it is written, and as it
+// is after each $(NAME) has been replaced: a few variables that name each
+// other twice would otherwise grow without end in the agent's memory.
 func validateCommandSize(p *field.Path, command, args []string, env []api.EnvVar) field.ErrorList {
 	size := 0
 	for _, s := range command {
@@ -375,15 +378,59 @@ func validateCommandSize(p *field.Path, command, args []string, env []api.EnvVar
 	for _, e := range env {
 		size += len(e.Name) + len(e.Value) + 2
 	}
-	if size <= maxCommandBytes {
+	together := ""
+	switch {
+	case size > maxCommandBytes && len(args) == 0 && len(env) == 0:
+		return field.ErrorList{field.TooLong(p.Child("command"), "", maxCommandBytes)}
+	case size > maxCommandBytes:
+		together = "`command`, `args` and `env` together "
+	case expandedSize(command, args, env) > maxCommandBytes:
+		together = "`command`, `args` and `env` together, with each $(NAME) replaced by its value, "
+	default:
 		return nil
 	}
 	err := field.TooLong(p, "", maxCommandBytes)
-	err.Detail = "`command`, `args` and `env` together " + err.Detail
-	if len(args) == 0 && len(env) == 0 {
-		err = field.TooLong(p.Child("command"), "", maxCommandBytes)
-	}
+	err.Detail = together + err.Detail
 	return field.ErrorList{err}
+}
+
+// variableRegexp finds what the agent replaces, and the "$$" that it doesn't
+// look behind.
+var variableRegexp = regexp.MustCompile(`\$\$|\$\(([^)]*)\)`)
+
+// expandedSize is what a command takes after $(NAME) has been replaced, as far
+// as the spec says: variables of the agent's own count as they are written. It
+// stops counting beyond the bound.
+func expandedSize(command, args []string, env []api.EnvVar) int64 {
+	lengths := make(map[string]int64, len(env))
+	expanded := func(text string) int64 {
+		n := int64(len(text))
+		for _, m := range variableRegexp.FindAllStringSubmatchIndex(text, -1) {
+			if m[2] < 0 {
+				continue // "$$"
+			}
+			if length, ok := lengths[text[m[2]:m[3]]]; ok {
+				n += length - int64(m[1]-m[0])
+			}
+		}
+		return n
+	}
+	size := int64(0)
+	for _, e := range env {
+		length := expanded(e.Value)
+		if size += int64(len(e.Name)) + length + 2; size > maxCommandBytes {
+			return size
+		}
+		lengths[e.Name] = length
+	}
+	for _, list := range [][]string{command, args} {
+		for _, s := range list {
+			if size += expanded(s) + 1; size > maxCommandBytes {
+				return size
+			}
+		}
+	}
+	return size
 }
 
 func validateTTY(p *field.Path, tty, stdin bool) field.ErrorList {

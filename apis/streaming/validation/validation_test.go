@@ -325,6 +325,38 @@ func TestValidateTargetProcess(t *testing.T) {
 			target: with(func(p *api.ProcessSource) { p.Command = []string{strings.Repeat("a", 128<<10)} }),
 			want:   []string{"spec.process.command: Too long: may not be more than 131072 bytes"},
 		},
+		"128 KiB are the most with variables replaced, too": {
+			target: with(func(p *api.ProcessSource) {
+				p.Command = []string{"a"}
+				p.Env = []api.EnvVar{{Name: "B", Value: strings.Repeat("b", 32766)}}
+				p.Args = []string{"$(B)$(B)$(B)" + strings.Repeat("c", 128<<10-4*32766-2-3-1)}
+			}),
+		},
+		"a byte more than 128 KiB is too much with variables replaced": {
+			target: with(func(p *api.ProcessSource) {
+				p.Command = []string{"a"}
+				p.Env = []api.EnvVar{{Name: "B", Value: strings.Repeat("b", 32766)}}
+				p.Args = []string{"$(B)$(B)$(B)" + strings.Repeat("c", 128<<10-4*32766-2-3)}
+			}),
+			want: []string{"spec.process: Too long: `command`, `args` and `env` together, with each $(NAME) replaced by its value, may not be more than 131072 bytes"},
+		},
+		"variables that double each other are too much": {
+			target: with(func(p *api.ProcessSource) {
+				p.Env = append([]api.EnvVar{{Name: "V0", Value: "lol"}}, many(255, func(i int) api.EnvVar {
+					return api.EnvVar{Name: fmt.Sprint("V", i+1), Value: fmt.Sprintf("$(V%d)$(V%d)", i, i)}
+				})...)
+			}),
+			want: []string{"spec.process: Too long: `command`, `args` and `env` together, with each $(NAME) replaced by its value, may not be more than 131072 bytes"},
+		},
+		"variables that aren't replaced take no more room": {
+			target: with(func(p *api.ProcessSource) {
+				p.Env = []api.EnvVar{
+					{Name: "A", Value: "$(B)$(A)"}, // both are unknown yet
+					{Name: "B", Value: strings.Repeat("b", 1<<16)},
+				}
+				p.Args = []string{"$$(B)$$(B)$(C)$(B"}
+			}),
+		},
 		"a variable's name is required": {
 			target: with(func(p *api.ProcessSource) { p.Env = []api.EnvVar{{Value: "a"}, {Value: "b"}} }),
 			want:   []string{`spec.process.env[0].name: Required value`, `spec.process.env[1].name: Required value`},
