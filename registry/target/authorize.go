@@ -2,14 +2,12 @@ package target
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
 	"k8s.io/apiserver/pkg/endpoints/filters"
-
-	api "aaserver.io/aaserver/apis/streaming"
+	"k8s.io/apiserver/pkg/endpoints/handlers/responsewriters"
 )
 
 // authorizeCreate demands the verb create of whoever asks for exec, attach or
@@ -33,12 +31,7 @@ func authorizeCreate(ctx context.Context, authz authorizer.UnconditionalAuthoriz
 	if err != nil {
 		return apierrors.NewInternalError(fmt.Errorf("authorizing the verb create: %w", err))
 	}
-	resource := api.Resource(attributes.GetResource() + "/" + attributes.GetSubresource())
-	message := fmt.Sprintf("user %q needs the verb create on %s, on WebSockets too", attributes.GetUser().GetName(), resource)
-	if reason != "" {
-		message += ": " + reason
-	}
-	return apierrors.NewForbidden(resource, attributes.GetName(), errors.New(message))
+	return responsewriters.ForbiddenStatusError(createAttributes{attributes}, reason)
 }
 
 // createAttributes are the request's attributes with the verb create.

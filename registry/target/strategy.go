@@ -71,7 +71,7 @@ func (strategy) Canonicalize(runtime.Object) {}
 
 func (strategy) AllowCreateOnUpdate(context.Context) bool { return false }
 
-func (strategy) AllowUnconditionalUpdate() bool { return true }
+func (strategy) AllowUnconditionalUpdate(context.Context) bool { return true }
 
 // PrepareForUpdate leaves the status to its subresource, and counts changes of
 // the spec.

@@ -1,0 +1,417 @@
+package target
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/apis/meta/internalversion"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
+	clocktesting "k8s.io/utils/clock/testing"
+	"k8s.io/utils/ptr"
+
+	api "aaserver.io/aaserver/apis/streaming"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/internal/driver"
+)
+
+// fakeDriver keeps logs in memory.
+type fakeDriver struct {
+	mu   sync.Mutex
+	cond *sync.Cond
+	logs map[string]*fakeLog
+}
+
+type fakeLog struct {
+	lines   []driver.LogLine
+	removed bool
+}
+
+func newFakeDriver() *fakeDriver {
+	d := &fakeDriver{logs: map[string]*fakeLog{}}
+	d.cond = sync.NewCond(&d.mu)
+	return d
+}
+
+func (d *fakeDriver) write(instance string, lines ...driver.LogLine) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.logs[instance] == nil {
+		d.logs[instance] = &fakeLog{}
+	}
+	d.logs[instance].lines = append(d.logs[instance].lines, lines...)
+	d.cond.Broadcast()
+}
+
+func (d *fakeDriver) remove(instance string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.logs[instance].removed = true
+	d.cond.Broadcast()
+}
+
+func (d *fakeDriver) Open(_ context.Context, req driver.Request) (driver.Conn, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.logs[req.Instance] == nil {
+		return nil, driver.Errorf(driver.NotFound, "no instance %s", req.Instance)
+	}
+	return fakeConn{d, d.logs[req.Instance]}, nil
+}
+
+type fakeConn struct {
+	d   *fakeDriver
+	log *fakeLog
+}
+
+func (fakeConn) Close() error { return nil }
+
+func (c fakeConn) Logs(_ context.Context, opts driver.LogOptions) (driver.LogReader, error) {
+	r := &fakeReader{fakeConn: c, opts: opts}
+	if opts.Tail != nil {
+		r.next = max(0, len(c.log.lines)-int(*opts.Tail))
+	}
+	return r, nil
+}
+
+type fakeReader struct {
+	fakeConn
+	opts driver.LogOptions
+	next int
+}
+
+func (r *fakeReader) Next(ctx context.Context) (driver.LogLine, error) {
+	stop := context.AfterFunc(ctx, func() {
+		r.d.mu.Lock()
+		defer r.d.mu.Unlock()
+		r.d.cond.Broadcast()
+	})
+	defer stop()
+	r.d.mu.Lock()
+	defer r.d.mu.Unlock()
+	for {
+		for r.next < len(r.log.lines) {
+			line := r.log.lines[r.next]
+			r.next++
+			if line.Time.After(r.opts.After) {
+				return line, nil
+			}
+		}
+		switch {
+		case ctx.Err() != nil:
+			return driver.LogLine{}, context.Cause(ctx)
+		case !r.opts.Follow || r.log.removed:
+			return driver.LogLine{}, io.EOF
+		}
+		r.d.cond.Wait()
+	}
+}
+
+var epoch = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+
+func at(ms int, text string) driver.LogLine {
+	return driver.LogLine{Time: epoch.Add(time.Duration(ms) * time.Millisecond), Stream: v1.LogStreamStdout, Data: []byte(text)}
+}
+
+func part(ms int, stream v1.LogStream, text string) driver.LogLine {
+	line := at(ms, text)
+	line.Stream, line.Partial = stream, true
+	return line
+}
+
+func logsOf(d *fakeDriver, selected driver.LogOptions) *logStream {
+	target := &v1.Target{ObjectMeta: metav1.ObjectMeta{Name: "web", Namespace: "shop", UID: "1"}}
+	target.Spec.Process = &v1.ProcessSource{Command: []string{"x"}}
+	target.Spec.RestartPolicy = v1.RestartAlways
+	return &logStream{
+		connector: &connector{opts: Options{Drivers: func(*v1.Target) (driver.Driver, error) { return d, nil }}},
+		target:    target,
+		selected:  selected,
+	}
+}
+
+func TestLogsOfManyInstancesAreMergedByTime(t *testing.T) {
+	d := newFakeDriver()
+	d.write("web-0", at(1, "a"), at(4, "d"), at(5, "e"))
+	d.write("web-1", at(2, "b"), at(3, "c"), at(6, "f"))
+	logs := logsOf(d, driver.LogOptions{})
+	defer logs.close()
+	for _, name := range []string{"web-0", "web-1"} {
+		if err := logs.open(t.Context(), name, logs.selected); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var out bytes.Buffer
+	if err := logs.copy(t.Context(), &out, &formatter{prefix: true}, true); err != nil {
+		t.Fatal(err)
+	}
+	want := "[web-0] a\n[web-1] b\n[web-1] c\n[web-0] d\n[web-0] e\n[web-1] f\n"
+	if diff := cmp.Diff(want, out.String()); diff != "" {
+		t.Errorf("output (-want +got):\n%s", diff)
+	}
+}
+
+// lockedBuffer is written by one goroutine and read by another.
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+func waitFor(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for !ok() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not yet: %s", what)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func targetWith(instances ...string) *api.Target {
+	target := &api.Target{ObjectMeta: metav1.ObjectMeta{Name: "web", Namespace: "shop", UID: "1"}}
+	target.Spec.Process = &api.ProcessSource{Command: []string{"x"}}
+	target.Spec.RestartPolicy = api.RestartAlways
+	for _, name := range instances {
+		target.Status.Instances = append(target.Status.Instances, api.InstanceStatus{
+			Name: name, State: api.InstanceState{Running: &api.InstanceStateRunning{}},
+		})
+	}
+	return target
+}
+
+func TestFollowingAllInstances(t *testing.T) {
+	d := newFakeDriver()
+	d.write("web-0", at(1, "one"), at(2, "two"))
+	logs := logsOf(d, driver.LogOptions{Follow: true})
+	defer logs.close()
+	watcher := watch.NewFakeWithOptions(watch.FakeOptions{ChannelSize: 10})
+	logs.watch = func(context.Context, *internalversion.ListOptions) (watch.Interface, error) { return watcher, nil }
+
+	first := logs.selected
+	first.Follow = false
+	if err := logs.open(t.Context(), "web-0", first); err != nil {
+		t.Fatal(err)
+	}
+	out := &lockedBuffer{}
+	done := make(chan error, 1)
+	go func() { done <- logs.copy(t.Context(), out, &formatter{prefix: true}, true) }()
+
+	watcher.Add(targetWith("web-0"))
+	d.write("web-0", at(3, "three"))
+	waitFor(t, "the line that came while following", func() bool { return strings.Contains(out.String(), "three") })
+
+	d.write("web-1", at(4, "joined"))
+	watcher.Modify(targetWith("web-0", "web-1"))
+	waitFor(t, "the line of the instance that came", func() bool { return strings.Contains(out.String(), "joined") })
+
+	d.remove("web-1")
+	watcher.Modify(targetWith("web-0"))
+	d.write("web-0", at(5, "last"))
+	waitFor(t, "a line after the other instance left", func() bool { return strings.Contains(out.String(), "last") })
+
+	d.remove("web-0")
+	watcher.Delete(targetWith())
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("following didn't end with the target")
+	}
+	want := "[web-0] one\n[web-0] two\n[web-0] three\n[web-1] joined\n[web-0] last\n"
+	if diff := cmp.Diff(want, out.String()); diff != "" {
+		t.Errorf("output (-want +got):\n%s", diff)
+	}
+}
+
+func TestFollowingEndsWithTheClient(t *testing.T) {
+	d := newFakeDriver()
+	d.write("web-0", at(1, "one"))
+	logs := logsOf(d, driver.LogOptions{Follow: true})
+	defer logs.close()
+	if err := logs.open(t.Context(), "web-0", logs.selected); err != nil {
+		t.Fatal(err)
+	}
+	gone := errors.New("the client has gone")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	out := &lockedBuffer{}
+	done := make(chan error, 1)
+	go func() { done <- logs.copy(ctx, out, &formatter{}, false) }()
+	waitFor(t, "the first line", func() bool { return out.String() == "one\n" })
+	cancel(gone)
+	if err := <-done; !errors.Is(err, gone) {
+		t.Errorf("copy returned %v, want %v", err, gone)
+	}
+}
+
+// A client that stops reading holds the producers back: what waits for it is
+// bounded.
+func TestASlowClientHoldsProducersBack(t *testing.T) {
+	d := newFakeDriver()
+	const lines = 10000
+	payload := strings.Repeat("x", 100)
+	for i := range lines {
+		d.write("web-0", at(i, payload))
+	}
+	logs := logsOf(d, driver.LogOptions{Follow: true})
+	defer logs.close()
+	if err := logs.open(t.Context(), "web-0", logs.selected); err != nil {
+		t.Fatal(err)
+	}
+	reader := logs.sources[0].reader.(*fakeReader)
+	read := func() int {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return reader.next
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	in, out := io.Pipe() // a client that reads nothing
+	done := make(chan error, 1)
+	go func() { done <- logs.copy(ctx, out, &formatter{}, false) }()
+	if _, err := in.Read(make([]byte, 0)); err != nil { // the headers' empty write
+		t.Fatal(err)
+	}
+	most := 2*batchSize/len(payload) + 2
+	waitFor(t, "the producer has filled the batch", func() bool { return read() > batchSize/len(payload)/2 })
+	if n := read(); n > most {
+		t.Errorf("%d lines were read for a client that takes none, want at most %d", n, most)
+	}
+	cancel()
+	in.Close()
+	<-done
+}
+
+func TestFormatter(t *testing.T) {
+	stdout, stderr := v1.LogStreamStdout, v1.LogStreamStderr
+	end := at(9, "end")
+	endOfErr := at(9, "err end")
+	endOfErr.Stream = stderr
+	for name, tt := range map[string]struct {
+		format formatter
+		lines  []driver.LogLine
+		want   string
+	}{
+		"a line is ended by a newline": {
+			lines: []driver.LogLine{at(1, "a")},
+			want:  "a\n",
+		},
+		"the prefix comes before the time, and times have nine digits": {
+			format: formatter{prefix: true, timestamps: true},
+			lines:  []driver.LogLine{at(120, "a")},
+			want:   "[web-0] 2026-01-02T03:04:05.120000000Z a\n",
+		},
+		"the parts of a long line are joined": {
+			format: formatter{prefix: true},
+			lines:  []driver.LogLine{part(1, stdout, "abc"), part(2, stdout, "def"), end},
+			want:   "[web-0] abcdefend\n",
+		},
+		"a line of the other stream doesn't get into a long line": {
+			format: formatter{prefix: true},
+			lines:  []driver.LogLine{part(1, stdout, "abc"), endOfErr, end},
+			want:   "[web-0] abc\n[web-0] err end\n[web-0] end\n",
+		},
+		"bytes that are no text stay": {
+			lines: []driver.LogLine{at(1, "\x00\xff\r")},
+			want:  "\x00\xff\r\n",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var got []byte
+			for _, line := range tt.lines {
+				got = tt.format.append(got, "web-0", line)
+			}
+			if diff := cmp.Diff(tt.want, string(got)); diff != "" {
+				t.Errorf("output (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestLimitedWriter(t *testing.T) {
+	for _, tt := range []struct {
+		limit  int64
+		writes []string
+		want   string
+		full   bool
+	}{
+		{10, []string{"abc", "def"}, "abcdef", false},
+		{6, []string{"abc", "def"}, "abcdef", true},
+		{4, []string{"abc", "def"}, "abcd", true},
+		{1, []string{"abc"}, "a", true},
+	} {
+		t.Run(fmt.Sprint(tt.limit, tt.writes), func(t *testing.T) {
+			var out bytes.Buffer
+			w := &limitedWriter{&out, tt.limit}
+			var err error
+			for _, text := range tt.writes {
+				if _, err = w.Write([]byte(text)); err != nil {
+					break
+				}
+			}
+			if out.String() != tt.want {
+				t.Errorf("wrote %q, want %q", out.String(), tt.want)
+			}
+			if got := errors.Is(err, errLimit); got != tt.full {
+				t.Errorf("err = %v, want errLimit: %t", err, tt.full)
+			}
+		})
+	}
+}
+
+func TestDriverOptions(t *testing.T) {
+	now := clocktesting.NewFakePassiveClock(epoch)
+	for name, tt := range map[string]struct {
+		opts v1.TargetLogOptions
+		want driver.LogOptions
+	}{
+		"seconds count back from now": {
+			opts: v1.TargetLogOptions{SinceSeconds: ptr.To[int64](90)},
+			want: driver.LogOptions{Since: epoch.Add(-90 * time.Second)},
+		},
+		"a time stands as it is": {
+			opts: v1.TargetLogOptions{SinceTime: &metav1.Time{Time: epoch}},
+			want: driver.LogOptions{Since: epoch},
+		},
+		"the cursor keeps its nanoseconds": {
+			opts: v1.TargetLogOptions{ResumeAfter: "2026-01-02T03:04:05.000000001Z"},
+			want: driver.LogOptions{After: epoch.Add(1)},
+		},
+		"the rest passes": {
+			opts: v1.TargetLogOptions{Previous: true, Follow: true, TailLines: ptr.To[int64](0), Stream: v1.LogStreamStderr},
+			want: driver.LogOptions{Previous: true, Follow: true, Tail: ptr.To[int64](0), Stream: v1.LogStreamStderr},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := driverOptions(&tt.opts, now)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("options (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
