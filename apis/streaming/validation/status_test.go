@@ -140,6 +140,11 @@ func TestValidateTargetStatusUpdate(t *testing.T) {
 			status: ports(api.InstancePort{Name: "http", Port: 1}, api.InstancePort{Name: "http", Port: 2}),
 			want:   []string{`status.instances[0].ports[1].name: Duplicate value: "http"`},
 		},
+		"an instance may have 64 ports": {
+			status: ports(many(64, func(i int) api.InstancePort {
+				return api.InstancePort{Name: fmt.Sprint("p", i), Port: int32(i + 1)}
+			})...),
+		},
 		"an instance has at most 64 ports": {
 			status: ports(make([]api.InstancePort, 65)...),
 			want:   []string{`status.instances[0].ports: Too many: 65: must have at most 64 items`},
@@ -155,6 +160,13 @@ func TestValidateTargetStatusUpdate(t *testing.T) {
 		"conditions are unique": {
 			status: api.TargetStatus{Conditions: []metav1.Condition{ready(), ready()}},
 			want:   []string{`status.conditions[1]: Duplicate value: "Ready"`},
+		},
+		"there may be 32 conditions": {
+			status: api.TargetStatus{Conditions: many(32, func(i int) metav1.Condition {
+				condition := ready()
+				condition.Type = fmt.Sprint("C", i)
+				return condition
+			})},
 		},
 		"there are at most 32 conditions": {
 			status: api.TargetStatus{Conditions: make([]metav1.Condition, 33)},

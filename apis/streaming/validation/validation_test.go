@@ -1,6 +1,7 @@
 package validation
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -237,6 +238,10 @@ func TestValidateTargetHostedFields(t *testing.T) {
 			target: process(func(t *api.Target) { t.Spec.RestartPolicy = "Sometimes" }),
 			want:   []string{`spec.restartPolicy: Unsupported value: "Sometimes": supported values: "Always", "OnFailure", "Never"`},
 		},
+		"a short wrong restart policy is repeated": {
+			target: process(func(t *api.Target) { t.Spec.RestartPolicy = api.RestartPolicy(strings.Repeat("a", 64)) }),
+			want:   []string{`spec.restartPolicy: Unsupported value: "` + strings.Repeat("a", 64) + `": supported values: "Always", "OnFailure", "Never"`},
+		},
 		"a long wrong restart policy isn't repeated": {
 			target: process(func(t *api.Target) { t.Spec.RestartPolicy = api.RestartPolicy(strings.Repeat("a", 65)) }),
 			want:   []string{`spec.restartPolicy: Unsupported value: supported values: "Always", "OnFailure", "Never"`},
@@ -320,6 +325,9 @@ func TestValidateTargetProcess(t *testing.T) {
 		"many empty arguments take room too": {
 			target: with(func(p *api.ProcessSource) { p.Args = make([]string, 128<<10) }),
 			want:   []string{"spec.process: Too long: `command`, `args` and `env` together may not be more than 131072 bytes"},
+		},
+		"128 KiB are the most for a command alone": {
+			target: with(func(p *api.ProcessSource) { p.Command = []string{strings.Repeat("a", 128<<10-1)} }),
 		},
 		"a command alone is named when it is too long": {
 			target: with(func(p *api.ProcessSource) { p.Command = []string{strings.Repeat("a", 128<<10)} }),
@@ -405,6 +413,9 @@ func TestValidateTargetProcess(t *testing.T) {
 			target: with(func(p *api.ProcessSource) { p.WorkingDir = "/srv\x00" }),
 			want:   []string{`spec.process.workingDir: Invalid value: must not contain NUL bytes`},
 		},
+		"a working directory may be as long as Linux allows": {
+			target: with(func(p *api.ProcessSource) { p.WorkingDir = "/" + strings.Repeat("a", 4094) }),
+		},
 		"a working directory is bounded": {
 			target: with(func(p *api.ProcessSource) { p.WorkingDir = "/" + strings.Repeat("a", 4095) }),
 			want:   []string{`spec.process.workingDir: Too long: may not be more than 4095 bytes`},
@@ -423,6 +434,9 @@ func TestValidateTargetProcess(t *testing.T) {
 		"a user's name has no NUL bytes": {
 			target: with(func(p *api.ProcessSource) { p.User = "a\x00" }),
 			want:   []string{`spec.process.user: Invalid value: "a\x00": ` + userText},
+		},
+		"a user's name may have 32 characters": {
+			target: with(func(p *api.ProcessSource) { p.User = strings.Repeat("a", 32) }),
 		},
 		"a user's name has at most 32 characters": {
 			target: with(func(p *api.ProcessSource) { p.User = strings.Repeat("a", 33) }),
@@ -650,6 +664,9 @@ func TestValidateTargetTCP(t *testing.T) {
 			target: tls(api.TCPTLS{CABundle: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte{1}})}),
 			want:   []string{`spec.tcp.tls.caBundle: Invalid value: must hold nothing but PEM-encoded certificates: block 1: x509: malformed certificate`},
 		},
+		"256 KiB are the most for a bundle": {
+			target: tls(api.TCPTLS{CABundle: append(bytes.Repeat([]byte("\n"), 256<<10-len(cert)), cert...)}),
+		},
 		"a bundle is bounded": {
 			target: tls(api.TCPTLS{CABundle: make([]byte, 256<<10+1)}),
 			want:   []string{`spec.tcp.tls.caBundle: Too long: may not be more than 262144 bytes`},
@@ -730,6 +747,12 @@ func TestValidateTargetEndpoints(t *testing.T) {
 		"a host has no port": {
 			target: host("db:5432"),
 			want:   []string{`spec.tcp.endpoints[0].host: Invalid value: "db:5432": ` + ipText},
+		},
+		"a host may have a label of 63 characters": {target: host(longLabel[1:])},
+		"a host may have 253 characters":           {target: host(strings.Repeat("a.", 126) + "a")},
+		"a host that looks like an address is told so up to 253 characters": {
+			target: host(strings.Repeat(":", 253)),
+			want:   []string{`spec.tcp.endpoints[0].host: Invalid value: "` + strings.Repeat(":", 253) + `": ` + ipText},
 		},
 		"a host's labels can be looked up": {
 			target: host(longLabel),
