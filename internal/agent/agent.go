@@ -42,7 +42,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/tools/cache"
-	"k8s.io/client-go/util/workqueue"
 	"k8s.io/component-base/metrics"
 	"k8s.io/klog/v2"
 	"k8s.io/utils/clock"
@@ -137,23 +136,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		informers.WithTweakListOptions(func(options *metav1.ListOptions) { options.FieldSelector = selector }))
 	targets := factory.Streaming().V1().Targets()
 
-	r := &reconciler{
-		name:    a.opts.Name,
-		client:  a.opts.Client.StreamingV1(),
-		lister:  targets.Lister(),
-		clock:   a.opts.Clock,
-		metrics: a.metrics,
-		ports:   newPortTable(a.opts.PortRange),
-		hosts:   map[string]*host{},
-		queue: workqueue.NewTypedRateLimitingQueueWithConfig(
-			workqueue.NewTypedItemExponentialFailureRateLimiter[types.NamespacedName](100*time.Millisecond, 30*time.Second),
-			workqueue.TypedRateLimitingQueueConfig[types.NamespacedName]{Name: "agent", Clock: a.opts.Clock}),
-		byKey: map[types.NamespacedName][]*hosted{},
-		byUID: map[types.UID]*hosted{},
-	}
-	for source, h := range a.opts.Hosts {
-		r.hosts[source] = &host{Host: h, source: source}
-	}
+	r := newReconciler(a.opts, a.metrics, targets.Lister())
 	if _, err := targets.Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    func(obj any) { r.enqueue(obj) },
 		UpdateFunc: func(_, obj any) { r.enqueue(obj) },

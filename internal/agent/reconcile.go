@@ -55,6 +55,27 @@ type reconciler struct {
 	byUID map[types.UID]*hosted
 }
 
+func newReconciler(opts Options, metrics *agentMetrics, lister listers.TargetLister) *reconciler {
+	r := &reconciler{
+		name:    opts.Name,
+		client:  opts.Client.StreamingV1(),
+		lister:  lister,
+		clock:   opts.Clock,
+		metrics: metrics,
+		ports:   newPortTable(opts.PortRange),
+		hosts:   map[string]*host{},
+		queue: workqueue.NewTypedRateLimitingQueueWithConfig(
+			workqueue.NewTypedItemExponentialFailureRateLimiter[types.NamespacedName](100*time.Millisecond, 30*time.Second),
+			workqueue.TypedRateLimitingQueueConfig[types.NamespacedName]{Name: "agent", Clock: opts.Clock}),
+		byKey: map[types.NamespacedName][]*hosted{},
+		byUID: map[types.UID]*hosted{},
+	}
+	for source, h := range opts.Hosts {
+		r.hosts[source] = &host{Host: h, source: source}
+	}
+	return r
+}
+
 // host is a driver.Host and the source that it is for.
 type host struct {
 	driver.Host

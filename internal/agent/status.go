@@ -99,13 +99,13 @@ func (i *instance) status(h *hosted) v1.InstanceStatus {
 		RestartCount: i.restarts,
 		Ports:        i.ports,
 	}
-	status.LastState.Terminated = toSeconds(i.ended)
+	status.LastState.Terminated = forStatus(i.ended)
 	switch {
 	case i.run != nil:
 		status.State.Running = &v1.InstanceStateRunning{StartedAt: i.run.StartedAt.Rfc3339Copy()}
 	case i.ended != nil && !i.pending && !i.startable(h.target.Spec.RestartPolicy):
-		status.State.Terminated = toSeconds(i.ended)
-		status.LastState.Terminated = toSeconds(i.before)
+		status.State.Terminated = forStatus(i.ended)
+		status.LastState.Terminated = forStatus(i.before)
 	default:
 		status.State.Waiting = i.waiting(h)
 	}
@@ -130,13 +130,15 @@ func (i *instance) waiting(h *hosted) *v1.InstanceStateWaiting {
 	}
 }
 
-// toSeconds makes the times what they are once they have been to the server.
-// Otherwise, the status would seem to differ each time.
-func toSeconds(ended *v1.InstanceStateTerminated) *v1.InstanceStateTerminated {
+// forStatus makes the times what they are once they have been to the server:
+// otherwise, the status would seem to differ each time. And it bounds what a
+// host says, as the server does.
+func forStatus(ended *v1.InstanceStateTerminated) *v1.InstanceStateTerminated {
 	if ended == nil {
 		return nil
 	}
 	ended = ended.DeepCopy()
+	ended.Message = bounded(ended.Message)
 	ended.StartedAt = ended.StartedAt.Rfc3339Copy()
 	ended.FinishedAt = ended.FinishedAt.Rfc3339Copy()
 	return ended
