@@ -79,12 +79,18 @@ type Options struct {
 	Max int
 	// Clock tells the time; the real one if nil.
 	Clock clock.PassiveClock
+	// Code returns the result code, as of HTTP, of a session that ended with
+	// an error, by what the caller knows of its errors: an exit code is no
+	// failure, and StatusClientGone is not the server's. 0, or a nil Code,
+	// leaves it to the Manager, which knows APIStatus and those of contexts.
+	Code func(error) int
 }
 
 // Manager has the sessions of a server.
 type Manager struct {
 	max     int
 	clock   clock.PassiveClock
+	code    func(error) int
 	metrics *sessionMetrics
 
 	// mu protects what follows. That a session is registered or refused, and
@@ -107,6 +113,7 @@ func NewManager(opts Options) *Manager {
 	return &Manager{
 		max:      opts.Max,
 		clock:    opts.Clock,
+		code:     opts.Code,
 		metrics:  newMetrics(),
 		sessions: map[*Session]struct{}{},
 		drained:  make(chan struct{}),
@@ -157,7 +164,7 @@ func (m *Manager) Start(ctx context.Context, info Info) (context.Context, *Sessi
 
 	if err := m.add(s); err != nil {
 		s.cancel(err)
-		m.metrics.ended(info, codeOf(err))
+		m.metrics.ended(info, m.codeOf(err))
 		s.log.Info("Session refused", "cause", err.Error())
 		return parent, nil, err
 	}
@@ -222,14 +229,11 @@ func (s *Session) ID() string { return s.id }
 
 // End says that nothing of the session is left. err is why it ended, nil if it
 // was done. The first call counts.
-//
-// An exit code other than 0 is no failure of the session: an error with the
-// method ExitStatus() int counts as done.
 func (s *Session) End(err error) {
 	s.end.Do(func() {
 		duration := s.manager.clock.Since(s.started)
 		s.cancel(err)
-		s.manager.metrics.finished(s.info, codeOf(err), duration)
+		s.manager.metrics.finished(s.info, s.manager.codeOf(err), duration)
 		cause := "done"
 		if err != nil {
 			cause = err.Error()
@@ -330,26 +334,31 @@ func (c *countedStream) Write(p []byte) (int, error) {
 const StatusClientGone = 499
 
 // codeOf returns the result code of a session that ended with err.
-func codeOf(err error) int {
+func (m *Manager) codeOf(err error) int {
 	if err == nil {
 		return http.StatusOK
 	}
-	var exited interface{ ExitStatus() int }
-	if errors.As(err, &exited) {
-		return http.StatusOK
+	if m.code != nil {
+		if code := m.code(err); code != 0 {
+			return bounded(code)
+		}
 	}
 	var status apierrors.APIStatus
-	if errors.As(err, &status) {
-		if code := int(status.Status().Code); http.StatusText(code) != "" {
-			return code
-		}
-		return http.StatusInternalServerError
-	}
-	if errors.Is(err, context.Canceled) {
+	switch {
+	case errors.As(err, &status):
+		return bounded(int(status.Status().Code))
+	case errors.Is(err, context.Canceled):
 		return StatusClientGone
-	}
-	if errors.Is(err, context.DeadlineExceeded) {
+	case errors.Is(err, context.DeadlineExceeded):
 		return http.StatusGatewayTimeout
+	}
+	return http.StatusInternalServerError
+}
+
+// bounded makes a code that there isn't an internal error's: codes are a label.
+func bounded(code int) int {
+	if code == StatusClientGone || http.StatusText(code) != "" {
+		return code
 	}
 	return http.StatusInternalServerError
 }

@@ -280,28 +280,38 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-type exitError struct{}
-
-func (exitError) Error() string   { return "command terminated with exit code 3" }
-func (exitError) ExitStatus() int { return 3 }
+var errExit = errors.New("command terminated with exit code 3")
 
 func TestCodeOf(t *testing.T) {
+	callers := func(err error) int {
+		switch {
+		case errors.Is(err, errExit):
+			return http.StatusOK
+		case errors.Is(err, io.ErrClosedPipe):
+			return 12345
+		}
+		return 0
+	}
 	tests := map[string]struct {
+		code func(error) int
 		err  error
 		want int
 	}{
-		"an orderly end":          {nil, 200},
-		"an exit code":            {fmt.Errorf("exec: %w", exitError{}), 200},
-		"a client that left":      {fmt.Errorf("copying: %w", context.Canceled), StatusClientGone},
-		"a timeout":               {context.DeadlineExceeded, 504},
-		"the server's shutdown":   {fmt.Errorf("exec: %w", ErrDraining), 503},
-		"a status that is wanted": {apierrors.NewNotFound(schema.GroupResource{Resource: "targets"}, "web"), 404},
-		"a status without a code": {&apierrors.StatusError{}, 500},
-		"anything else":           {io.ErrUnexpectedEOF, 500},
+		"an orderly end":               {nil, nil, 200},
+		"a client that left":           {nil, fmt.Errorf("copying: %w", context.Canceled), StatusClientGone},
+		"a timeout":                    {nil, context.DeadlineExceeded, 504},
+		"the server's shutdown":        {nil, fmt.Errorf("exec: %w", ErrDraining), 503},
+		"a status":                     {nil, apierrors.NewNotFound(schema.GroupResource{Resource: "targets"}, "web"), 404},
+		"a status without a code":      {nil, &apierrors.StatusError{}, 500},
+		"anything else":                {nil, io.ErrUnexpectedEOF, 500},
+		"what the caller knows":        {callers, fmt.Errorf("exec: %w", errExit), 200},
+		"what the caller doesn't know": {callers, fmt.Errorf("exec: %w", ErrDraining), 503},
+		"a code of the caller's that there isn't at all": {callers, io.ErrClosedPipe, 500},
+		"an orderly end, whatever the caller knows":      {callers, nil, 200},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			if got := codeOf(test.err); got != test.want {
+			if got := NewManager(Options{Code: test.code}).codeOf(test.err); got != test.want {
 				t.Errorf("got %d, want %d", got, test.want)
 			}
 		})
