@@ -1,0 +1,220 @@
+package shim
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Child is a command under a shim, as the agent sees it.
+type Child struct {
+	// PID is the command's.
+	PID int
+
+	shim    *os.Process
+	control *os.File
+
+	done   chan struct{}
+	result Result // valid once done is closed
+
+	mu       sync.Mutex  // protects what follows, and writes to control
+	patience *time.Timer // runs since Kill
+}
+
+// Result is how a command ended.
+type Result struct {
+	// Status is the command's wait status.
+	Status syscall.WaitStatus
+	// Lost says that the shim was killed, and that the status is made up.
+	Lost bool
+	// Left is how many of its processes couldn't be killed, because they are
+	// another user's.
+	Left int
+}
+
+// own is what this process has started and not yet waited for: the kernel
+// keeps one list of children for the whole process, so there is one of these,
+// too. Its mutex is held while a shim is started: until it is in the map, it
+// looks like something orphaned.
+var own = struct {
+	sync.Mutex
+	shims    map[int]bool
+	adopting sync.Once
+}{shims: make(map[int]bool)}
+
+// Start runs a command under a shim, whose title in a list of processes says
+// what for. The error is a *StartError if the command is at fault.
+//
+// The streams are the command's standard ones. The caller closes its copies.
+func Start(title string, command *Command, stdin, stdout, stderr *os.File) (*Child, error) {
+	// Should a shim be killed, what it ran is orphaned. Then it comes to us.
+	own.adopting.Do(func() { prctl(prSetChildSubreaper, 1) })
+
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("socketpair: %w", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "control")
+	defer theirs.Close()
+	if err := syscall.SetNonblock(fds[0], true); err != nil {
+		syscall.Close(fds[0])
+		return nil, fmt.Errorf("control connection: %w", err)
+	}
+	c := &Child{control: os.NewFile(uintptr(fds[0]), "control"), done: make(chan struct{})}
+	if err := c.spawn(title, stdin, stdout, stderr, theirs); err != nil {
+		c.control.Close()
+		return nil, fmt.Errorf("starting a shim: %w", err)
+	}
+	theirs.Close()
+	if err := c.start(command); err != nil {
+		c.shim.Kill()
+		c.control.Close()
+		c.reap()
+		return nil, err
+	}
+	go c.watch()
+	return c, nil
+}
+
+// spawn starts the shim.
+func (c *Child) spawn(title string, files ...*os.File) error {
+	own.Lock()
+	defer own.Unlock()
+	shim, err := os.StartProcess("/proc/self/exe", []string{Name, title}, &os.ProcAttr{
+		Dir: "/",
+		// A shim does next to nothing, and need not be prepared for more.
+		Env:   []string{"GOMAXPROCS=1"},
+		Files: files,
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return err
+	}
+	c.shim = shim
+	own.shims[shim.Pid] = true
+	return nil
+}
+
+// reap waits for the shim, which has ended or is about to.
+func (c *Child) reap() {
+	pid := c.shim.Pid
+	c.shim.Wait()
+	own.Lock()
+	defer own.Unlock()
+	delete(own.shims, pid)
+}
+
+// start has the shim start the command.
+func (c *Child) start(command *Command) error {
+	if err := writeFrame(c.control, frameStart, command.encode()); err != nil {
+		return fmt.Errorf("shim: %w", err)
+	}
+	kind, payload, err := readFrame(c.control)
+	switch {
+	case err != nil:
+		return fmt.Errorf("the shim ended before it started the command: %w", err)
+	case kind == frameStarted && len(payload) == 4:
+		c.PID = int(binary.BigEndian.Uint32(payload))
+		return nil
+	case kind == frameFailed && len(payload) == 4:
+		return &StartError{Errno: syscall.Errno(binary.BigEndian.Uint32(payload))}
+	}
+	return errFrame
+}
+
+// watch waits for the end.
+func (c *Child) watch() {
+	defer close(c.done)
+	c.result = Result{Status: syscall.WaitStatus(syscall.SIGKILL), Lost: true}
+	for {
+		kind, payload, err := readFrame(c.control)
+		if err != nil {
+			break
+		}
+		if kind == frameEnded && len(payload) == 8 {
+			c.result = Result{
+				Status: syscall.WaitStatus(binary.BigEndian.Uint32(payload)),
+				Left:   int(binary.BigEndian.Uint32(payload[4:])),
+			}
+		}
+	}
+	c.reap()
+	c.mu.Lock()
+	c.control.Close()
+	if c.patience == nil {
+		c.patience = time.NewTimer(0) // there is nothing left to kill
+	}
+	c.patience.Stop()
+	c.mu.Unlock()
+	if c.result.Lost {
+		c.result.Left = killOrphans()
+	}
+}
+
+// killOrphans kills what shims that were killed themselves have left to us.
+//
+// They are told from children that other code of this process has started by
+// their session: each shim begins a new one, so nothing below one is ever in
+// ours.
+func killOrphans() (left int) {
+	session, _, _ := syscall.RawSyscall(syscall.SYS_GETSID, 0, 0, 0)
+	orphan := func(p Process) bool {
+		return p.Session != int(session) && !own.shims[p.PID]
+	}
+	find := func() ([]Process, error) {
+		own.Lock()
+		defer own.Unlock()
+		return descendants(orphan)
+	}
+	return killAll(find, func(d time.Duration) bool {
+		time.Sleep(d)
+		found, err := find()
+		for _, p := range found {
+			if p.Parent == os.Getpid() {
+				syscall.Wait4(p.PID, nil, syscall.WNOHANG, nil)
+			}
+		}
+		return err == nil && len(found) == 0
+	})
+}
+
+// Signal sends a signal to the command, and to nothing that it started.
+func (c *Child) Signal(sig syscall.Signal) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// A failure means that the shim has gone, and the command with it.
+	writeFrame(c.control, frameSignal, numbers(uint32(sig)))
+}
+
+// killPatience is how long a shim may take to kill everything before it is
+// killed itself: it might have been stopped.
+const killPatience = 10 * time.Second
+
+// Kill kills the command and everything that it started, and returns at once.
+func (c *Child) Kill() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.patience != nil {
+		return
+	}
+	writeFrame(c.control, frameKill, nil)
+	c.patience = time.AfterFunc(killPatience, func() { c.shim.Kill() })
+}
+
+// Done is closed when the command and everything that it started have ended.
+func (c *Child) Done() <-chan struct{} { return c.done }
+
+// Wait waits for Done, and returns how the command ended.
+func (c *Child) Wait() Result {
+	<-c.done
+	return c.result
+}
+
+// StartError says that the command couldn't be started, rather than the shim.
+type StartError struct{ Errno syscall.Errno }
+
+func (e *StartError) Error() string { return e.Errno.Error() }
+func (e *StartError) Unwrap() error { return e.Errno }

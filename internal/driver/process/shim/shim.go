@@ -1,0 +1,218 @@
+// Package shim is the small process between the agent and each command that it
+// runs. It is the agent's own binary, executed again, and makes sure of one
+// thing: that everything its command started has gone when the command has
+// ended, when the agent says so, and when the agent is no more, kill -9
+// included; also what called setsid or forked twice.
+//
+//	agent ──control connection──▶ shim ──▶ command ──▶ …
+//	                               ▲                    │
+//	                               └─── orphans ────────┘   (child subreaper)
+//
+// A binary that links this package is a shim when it is called by [Name] and
+// has a control connection from its parent.
+//
+// It imports little of the standard library and nothing else. Packages are
+// initialised in the order of their import paths as soon as what they import
+// is, so this one comes before all that isn't needed here: the initialisation
+// of Kubernetes' packages would take longer than everything else.
+package shim
+
+import (
+	"encoding/binary"
+	"errors"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+// Name is what a shim is called, its argument 0. It isn't a name that somebody
+// would give to a file, and not enough by itself.
+const Name = "aaserver: shim"
+
+// controlFD is the shim's end of the control connection.
+const controlFD = 3
+
+const (
+	prSetName           = 15
+	prSetChildSubreaper = 36
+	sigSetMask          = 2
+)
+
+// The one init that does something: see the package comment.
+func init() {
+	if len(os.Args) > 0 && os.Args[0] == Name {
+		os.Exit(run())
+	}
+}
+
+func run() int {
+	parent, err := syscall.GetsockoptUcred(controlFD, syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	if err != nil || int(parent.Pid) != os.Getppid() {
+		os.Stderr.WriteString("This is a part of aaserver that it starts by itself. Run \"aaserver\" instead.\n")
+		return 2
+	}
+	syscall.CloseOnExec(controlFD)
+	closeInherited()
+	name := append([]byte("aaserver-shim"), 0)
+	prctl(prSetName, uintptr(unsafe.Pointer(&name[0])))
+	if errno := prctl(prSetChildSubreaper, 1); errno != 0 {
+		return fail(errno)
+	}
+	// Signals are caught and dropped: what stops the agent, be it a ^C or a
+	// service manager that signals all of its processes, leaves it to the
+	// agent to end its commands in order. Caught signals, unlike ignored ones,
+	// are the default again in the command.
+	signal.Notify(make(chan os.Signal, 1))
+	// This thread is the one that forks: the main thread, which an init is
+	// locked to, and which lives as long as the process. PDEATHSIG depends on
+	// it, too.
+	var none uint64
+	syscall.RawSyscall6(syscall.SYS_RT_SIGPROCMASK, sigSetMask, uintptr(unsafe.Pointer(&none)), 0, 8, 0, 0)
+	syscall.Umask(0o022)
+
+	control := os.NewFile(controlFD, "control")
+	kind, payload, err := readFrame(control)
+	if err != nil || kind != frameStart {
+		return 1
+	}
+	command, err := decodeCommand(payload)
+	if err != nil {
+		return fail(syscall.EINVAL)
+	}
+	pidfd := -1
+	pid, err := syscall.ForkExec(command.Path, command.Args, &syscall.ProcAttr{
+		Dir:   command.Dir,
+		Env:   command.Env,
+		Files: []uintptr{0, 1, 2},
+		Sys: &syscall.SysProcAttr{
+			Credential: command.Credential,
+			Setsid:     true,
+			Setctty:    command.TTY,
+			Pdeathsig:  syscall.SIGKILL,
+			PidFD:      &pidfd,
+		},
+	})
+	if err != nil {
+		errno := syscall.EIO
+		errors.As(err, &errno)
+		return fail(errno)
+	}
+	closeStdio()
+	// If this fails the agent has gone, which the reader below finds as well.
+	writeFrame(control, frameStarted, numbers(uint32(pid)))
+
+	kill := make(chan struct{})
+	go func() {
+		for {
+			kind, payload, err := readFrame(control)
+			switch {
+			case err != nil || kind == frameKill:
+				close(kill)
+				return
+			case kind == frameSignal && len(payload) == 4:
+				sig := syscall.Signal(binary.BigEndian.Uint32(payload))
+				if pidfd < 0 || signalFD(pidfd, sig) == syscall.ENOSYS {
+					syscall.Kill(pid, sig)
+				}
+			}
+		}
+	}()
+
+	// The reaper takes the command and all that was orphaned, until there is
+	// no child left, which means no descendant.
+	ended := make(chan syscall.WaitStatus, 1)
+	childless := make(chan struct{})
+	go func() {
+		defer close(childless)
+		for {
+			var status syscall.WaitStatus
+			child, err := syscall.Wait4(-1, &status, 0, nil)
+			if err == syscall.EINTR {
+				continue
+			}
+			if err != nil {
+				return
+			}
+			if child == pid {
+				ended <- status
+			}
+		}
+	}()
+
+	// A command that couldn't be killed has no status.
+	status := syscall.WaitStatus(syscall.SIGKILL)
+	select {
+	case status = <-ended:
+	case <-kill:
+	}
+	everything := func() ([]Process, error) {
+		return descendants(func(Process) bool { return true })
+	}
+	left := killAll(everything, func(d time.Duration) bool {
+		timer := time.NewTimer(d)
+		defer timer.Stop()
+		select {
+		case <-childless:
+			return true
+		case <-timer.C:
+			return false
+		}
+	})
+	select {
+	case status = <-ended:
+	default:
+	}
+	writeFrame(control, frameEnded, numbers(uint32(status), uint32(left)))
+	return 0
+}
+
+func fail(errno syscall.Errno) int {
+	writeFrame(os.NewFile(controlFD, "control"), frameFailed, numbers(uint32(errno)))
+	return 1
+}
+
+func prctl(option int, argument uintptr) syscall.Errno {
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_PRCTL, uintptr(option), argument, 0, 0, 0, 0)
+	return errno
+}
+
+// closeInherited closes what the agent itself was started with and never
+// marked close-on-exec: a listening socket, for example. What the Go runtime
+// has opened since is so marked.
+func closeInherited() {
+	dir, err := os.Open("/proc/self/fd")
+	if err != nil {
+		return
+	}
+	defer dir.Close()
+	names, _ := dir.Readdirnames(-1)
+	for _, name := range names {
+		fd, err := strconv.Atoi(name)
+		if err != nil || fd <= controlFD {
+			continue
+		}
+		flags, _, errno := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFD, 0)
+		if errno == 0 && flags&syscall.FD_CLOEXEC == 0 {
+			syscall.Close(fd)
+		}
+	}
+}
+
+// closeStdio lets go of the command's standard streams, so that they end with
+// the command.
+func closeStdio() {
+	null, err := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
+	for fd := range 3 {
+		if err == nil {
+			syscall.Dup3(null, fd, 0)
+		} else {
+			syscall.Close(fd)
+		}
+	}
+	if err == nil {
+		syscall.Close(null)
+	}
+}
