@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -128,7 +129,7 @@ func serveCommandWebSocket(w http.ResponseWriter, r *http.Request, req CommandRe
 	reader := make(chan struct{})
 	c.wg.Go(func() {
 		defer close(reader)
-		err := c.gone(readCommand(c, subprotocol[:min(3, len(subprotocol))] == "v5.", stdin, sizes))
+		err := c.gone(readCommand(c, strings.HasPrefix(subprotocol, "v5."), stdin, sizes))
 		if stdin != nil {
 			stdin.end(err)
 		}
@@ -142,7 +143,7 @@ func serveCommandWebSocket(w http.ResponseWriter, r *http.Request, req CommandRe
 	}
 	status := statusOf(err)
 	var text []byte
-	if subprotocol != "" && subprotocol[0] == 'v' {
+	if strings.HasPrefix(subprotocol, "v") { // v4 and v5
 		text = encodeStatus(status)
 	} else if status.Status != metav1.StatusSuccess {
 		text = []byte(truncate(status.Message, maxStatus))
@@ -182,22 +183,13 @@ func readCommand(c *wsConn, halfClose bool, stdin *inbox, sizes *resizes) error 
 			if _, err := io.Copy(sizes, r); err != nil {
 				return c.protocolError(err)
 			}
-		case c.closeChannel(channel) && halfClose:
+		case channel == closeSignal && halfClose:
 			var which [1]byte
 			if _, err := io.ReadFull(r, which[:]); err == nil && which[0] == remotecommand.StreamStdIn && stdin != nil {
 				stdin.end(io.EOF)
 			}
 		}
 	}
-}
-
-// closeChannel says whether a channel is that of the CLOSE signal, whose own
-// number is 255 in the base64 form too.
-func (c *wsConn) closeChannel(channel byte) bool {
-	if c.base64 {
-		channel += '0'
-	}
-	return channel == remotecommand.StreamClose
 }
 
 // resizes turns a stream of JSON objects, {"Width":80,"Height":24}, into

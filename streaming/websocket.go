@@ -15,6 +15,7 @@ import (
 
 	"github.com/gorilla/websocket"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/remotecommand"
 	"k8s.io/streaming/pkg/httpstream"
 )
 
@@ -56,6 +57,7 @@ type wsConn struct {
 	*link
 	ws     *websocket.Conn
 	base64 bool
+	first  [1]byte // a message's channel; the reader's
 }
 
 // wsNetConn is what gorilla sees of the link.
@@ -209,8 +211,12 @@ func (c *wsConn) finish(code int, reason string) error {
 	return c.control(websocket.CloseMessage, websocket.FormatCloseMessage(code, truncate(reason, 120)))
 }
 
-// next returns the next message and its channel, unless channels is false. Its
-// reader decodes base64.
+// closeSignal is the channel of the CLOSE signal; its number isn't shifted in
+// the base64 form, and what follows isn't encoded.
+const closeSignal = remotecommand.StreamClose
+
+// next returns the next message and, if channels is true, its channel. The
+// message's reader decodes base64.
 func (c *wsConn) next(channels bool) (channel byte, r io.Reader, err error) {
 	for {
 		_, r, err = c.ws.NextReader()
@@ -220,13 +226,15 @@ func (c *wsConn) next(channels bool) (channel byte, r io.Reader, err error) {
 		if !channels {
 			break
 		}
-		var first [1]byte
-		if _, err = io.ReadFull(r, first[:]); err == io.EOF {
+		if _, err = io.ReadFull(r, c.first[:]); err == io.EOF {
 			continue // no channel, no data
 		} else if err != nil {
 			return 0, nil, c.protocolError(err)
 		}
-		channel = first[0]
+		channel = c.first[0]
+		if channel == closeSignal {
+			return channel, r, nil
+		}
 		if c.base64 {
 			channel -= '0'
 		}
