@@ -214,10 +214,12 @@ type fakeHost struct {
 	lists  int
 	// stubborn instances don't end when they are asked to.
 	stubborn bool
-	// startErr and listErr are what Start and List fail with.
-	startErr func(driver.Instance) error
-	listErr  error
-	retained []types.UID
+	// brief instances end as soon as they have started.
+	brief bool
+	// startErr, stopErr and listErr are what Start, Stop and List fail with.
+	startErr         func(driver.Instance) error
+	stopErr, listErr error
+	retained         []types.UID
 	// busy are the targets that a call is under way for.
 	busy map[types.UID]bool
 }
@@ -267,11 +269,17 @@ func (f *fakeHost) Start(_ context.Context, instance driver.Instance) error {
 		Running: &v1.InstanceStateRunning{StartedAt: metav1.NewTime(f.clock.Now())},
 	}}
 	f.changes <- id.Target
+	if f.brief {
+		f.endLocked(id, v1.InstanceStateTerminated{ExitCode: 1, Reason: "Error"})
+	}
 	return nil
 }
 
 func (f *fakeHost) Stop(_ context.Context, id driver.InstanceID, grace time.Duration) error {
 	defer f.enter(id.Target, "stop %s within %s", id.Name, grace)()
+	if f.stopErr != nil {
+		return f.stopErr
+	}
 	if !f.stubborn || grace == 0 {
 		f.endLocked(id, v1.InstanceStateTerminated{ExitCode: 143, Signal: 15, Reason: "Killed"})
 	}
@@ -360,7 +368,7 @@ func (f *fakeHost) complain(name, message string) {
 	}
 }
 
-// running returns the names and environments' mode of what runs, sorted.
+// running returns the names of what runs, sorted.
 func (f *fakeHost) running() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -374,7 +382,7 @@ func (f *fakeHost) running() []string {
 	return names
 }
 
-// commands returns the first word that each instance runs, by name.
+// commands returns the command that each instance runs, by name.
 func (f *fakeHost) commands() map[string]string {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -178,6 +178,12 @@ func (i *instance) settled(policy v1.RestartPolicy, now time.Time) (settled bool
 	return after <= 0, after
 }
 
+// broken says that the instance, which hasn't settled, has ended or failed to
+// start by its present spec.
+func (i *instance) broken() bool {
+	return i.ended != nil && !i.pending && (i.run == nil || i.restarts > 0)
+}
+
 // how says in words how a run ended.
 func how(ended *v1.InstanceStateTerminated) string {
 	var text string

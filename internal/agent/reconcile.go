@@ -37,6 +37,11 @@ const (
 	settleTimeCrashed = 10 * time.Second
 )
 
+// informerLag is for how long after a write the informer may have an older
+// version of the target. Not for ever: a server that was restored from a backup
+// counts versions from an earlier one on.
+const informerLag = time.Minute
+
 // reconciler makes what runs match the targets. The queue hands out each key
 // to one worker at a time; so all that is hosted under a key is that worker's.
 type reconciler struct {
@@ -92,8 +97,9 @@ type hosted struct {
 	// host is nil if the agent has none for the source.
 	host *host
 	// target is the newest that is known; nil if the target was gone before
-	// the agent came.
+	// the agent came. written is when the agent wrote to it.
 	target    *v1.Target
+	written   time.Time
 	instances map[string]*instance
 	// observed says that the host has been asked what runs.
 	observed bool
@@ -107,7 +113,7 @@ type hosted struct {
 type rollout struct {
 	// outdated are the instances that run by an earlier spec, highest first.
 	outdated []*instance
-	// stoppedAt is the instance, by the present spec, that is broken.
+	// stoppedAt is the instance that is broken by the present spec.
 	stoppedAt *instance
 }
 
@@ -230,7 +236,10 @@ func (r *reconciler) sync(ctx context.Context, key types.NamespacedName) (time.D
 	if current == nil {
 		current = r.track(target)
 	}
-	current.target = newer(target, current.target)
+	if r.clock.Since(current.written) < informerLag {
+		target = newer(target, current.target)
+	}
+	current.target = target
 	current.waits = waits
 
 	if current.target.DeletionTimestamp != nil {
@@ -246,8 +255,7 @@ func (r *reconciler) sync(ctx context.Context, key types.NamespacedName) (time.D
 	return wake, errors.Join(errs...)
 }
 
-// newer returns the newer of two versions of a target. After a write, the
-// informer's lags behind for a moment.
+// newer returns the newer of two versions of a target.
 func newer(a, b *v1.Target) *v1.Target {
 	if c, err := resourceversion.CompareResourceVersion(a.ResourceVersion, b.ResourceVersion); err == nil && c < 0 {
 		return b
@@ -337,6 +345,7 @@ func (r *reconciler) run(ctx context.Context, h *hosted) (time.Duration, error) 
 func (r *reconciler) rollOut(ctx context.Context, h *hosted, hash string) (wake time.Duration, err error) {
 	h.rollout = rollout{}
 	wait := h.waits
+	var errs []error
 	for _, i := range h.descending() {
 		if i.removing {
 			continue
@@ -344,27 +353,32 @@ func (r *reconciler) rollOut(ctx context.Context, h *hosted, hash string) (wake 
 		if i.replacing && i.run == nil {
 			i.renew(h.target, hash)
 		}
-		if i.hash == hash {
+		switch {
+		case i.replacing:
+			// Also if its spec is the present one again: it was asked to end.
+			wait = true
+			h.rollout.outdated = append(h.rollout.outdated, i)
+			// Once more, in case that it failed or the grace period is shorter.
+			errs = append(errs, r.stop(ctx, h, i, h.gracePeriod()))
+		case i.hash != hash:
+			h.rollout.outdated = append(h.rollout.outdated, i)
+		default:
 			i.target = h.target
-			settled, after := i.settled(h.target.Spec.RestartPolicy, r.clock.Now())
-			if !settled {
+			if settled, after := i.settled(h.target.Spec.RestartPolicy, r.clock.Now()); !settled {
 				wait = true
 				wake = sooner(wake, after)
-				if i.run == nil && i.ended != nil && !i.pending && h.rollout.stoppedAt == nil {
+				if i.broken() && h.rollout.stoppedAt == nil {
 					h.rollout.stoppedAt = i
 				}
 			}
-			continue
 		}
-		wait = wait || i.replacing
-		h.rollout.outdated = append(h.rollout.outdated, i)
 	}
 	if len(h.rollout.outdated) == 0 {
 		h.rollout.stoppedAt = nil
 		return 0, nil
 	}
 	if wait {
-		return wake, nil
+		return wake, errors.Join(errs...)
 	}
 	i := h.rollout.outdated[0]
 	if i.run == nil {
@@ -518,7 +532,7 @@ func (r *reconciler) finalize(ctx context.Context, h *hosted) error {
 		return fmt.Errorf("taking the finalizer off: %w", err)
 	}
 	klog.FromContext(ctx).Info("Nothing of the target runs any more")
-	h.target = newer(target, h.target)
+	h.target, h.written = target, r.clock.Now()
 	return nil
 }
 

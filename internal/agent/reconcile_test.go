@@ -306,6 +306,26 @@ func TestReconcile(t *testing.T) {
 			b.want("back-off after a long run", b.settle("web"), time.Second)
 			b.want("restarts", b.api.get("web").Status.Instances[0].RestartCount, int32(12))
 		},
+		"an instance that ends as soon as it has started is restarted after a back-off too": func(b *bench) {
+			b.host.brief = true
+			b.api.create(web(1))
+			b.want("wake", b.settle("web"), time.Second)
+			b.clock.Step(time.Second)
+			b.want("wake", b.settle("web"), 2*time.Second)
+			b.want("instances", b.instances("web"), []string{
+				"web-0 CrashLoopBackOff (back-off 2s restarting instance web-0: exited with code 1), before Error 1, restarts 1"})
+		},
+		"a server that was restored from a backup is believed after a minute": func(b *bench) {
+			b.api.create(web(1))
+			b.settle("web")
+			b.host.complain("web-0", "something to write")
+			b.settle("web")
+			b.api.version = 0
+			b.api.change("web", func(s *v1.TargetSpec) { s.Replicas = ptr.To[int32](2) })
+			b.clock.Step(informerLag)
+			b.settle("web")
+			b.want("running", b.host.running(), []string{"web-0", "web-1"})
+		},
 		"an instance killed by a signal says by which": func(b *bench) {
 			b.api.create(web(1))
 			b.settle("web")
@@ -567,12 +587,15 @@ func TestRollout(t *testing.T) {
 				b.settle("web")
 				b.clock.Step(settleTimeCrashed - 1)
 				b.settle("web")
+				if got := b.condition("web", "Progressing"); !strings.HasPrefix(got, "False RolloutStopped") {
+					b.Errorf("while it runs for a moment: got %q", got)
+				}
 				b.host.exit("web-2", 2)
 				b.settle("web")
 			}
 			b.want("commands", b.host.commands(), map[string]string{"web-0": "v1", "web-1": "v1"})
 			b.want("progressing", b.condition("web", "Progressing"),
-				"False RolloutStopped: the rollout stopped at web-2, which doesn't run (exited with code 2); instances still on an earlier spec: 2; correct the spec to go on")
+				"False RolloutStopped: the rollout stopped at web-2 (exited with code 2); instances still on an earlier spec: 2; correct the spec to go on")
 
 			b.api.change("web", change("v3"))
 			b.settle("web")
@@ -598,7 +621,7 @@ func TestRollout(t *testing.T) {
 			b.settle("web")
 			b.want("commands", b.host.commands(), map[string]string{"web-0": "v1"})
 			b.want("progressing", b.condition("web", "Progressing"),
-				"False RolloutStopped: the rollout stopped at web-1, which doesn't run (no such command); instances still on an earlier spec: 1; correct the spec to go on")
+				"False RolloutStopped: the rollout stopped at web-1 (no such command); instances still on an earlier spec: 1; correct the spec to go on")
 			b.host.take()
 			b.clock.Step(time.Second)
 			b.api.change("web", change("v1"))
@@ -679,6 +702,36 @@ func TestRollout(t *testing.T) {
 			b.settle("web")
 			b.want("commands", b.host.commands(), map[string]string{"web-0": "v3"})
 			b.want("events", b.host.take(), []string{"start web-0", "stop web-0 within 30s", "start web-0"})
+		},
+		"a spec that is taken back while an instance is stopped starts that one again, and replaces no other": func(b *bench) {
+			b.host.stubborn = true
+			b.api.create(web(2))
+			b.settle("web")
+			b.clock.Step(time.Minute)
+			b.api.change("web", change("v2"))
+			b.settle("web")
+			b.api.change("web", change("v1"))
+			b.settle("web")
+			b.want("progressing", b.condition("web", "Progressing"), "True ReplacingInstances: instances still on an earlier spec: 1; next is web-1")
+			b.host.exit("web-1", 0)
+			b.settle("web")
+			b.clock.Step(time.Minute)
+			b.settle("web")
+			b.want("events", b.host.take(), []string{"start web-0", "start web-1", "stop web-1 within 30s", "start web-1"})
+		},
+		"an instance that can't be asked to end is asked again": func(b *bench) {
+			b.api.create(web(1))
+			b.settle("web")
+			b.host.take()
+			b.host.stopErr = errors.New("the daemon is busy")
+			b.api.change("web", change("v2"))
+			b.fetch()
+			if _, err := b.r.sync(b.Context(), types.NamespacedName{Namespace: "shop", Name: "web"}); !errors.Is(err, b.host.stopErr) {
+				b.Errorf("got %v, want %v", err, b.host.stopErr)
+			}
+			b.host.stopErr = nil
+			b.settle("web")
+			b.want("events", b.host.take(), []string{"stop web-0 within 30s", "stop web-0 within 30s", "start web-0"})
 		},
 		"an instance that is scaled up during a rollout runs the new spec": func(b *bench) {
 			b.api.create(web(1))

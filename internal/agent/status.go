@@ -59,7 +59,7 @@ func (r *reconciler) report(ctx context.Context, h *hosted) error {
 		return fmt.Errorf("writing the status: %w", err)
 	}
 	klog.FromContext(ctx).V(4).Info("Status written", "ready", status.ReadyReplicas, "replicas", status.Replicas)
-	h.target = newer(written, h.target)
+	h.target, h.written = written, r.clock.Now()
 	return nil
 }
 
@@ -231,7 +231,7 @@ func (h *hosted) progressingCondition() metav1.Condition {
 		condition.Message = "the instances are being stopped"
 	case broken != nil:
 		condition.Status, condition.Reason = metav1.ConditionFalse, reasonRolloutStopped
-		condition.Message = fmt.Sprintf("the rollout stopped at %s, which doesn't run (%s); instances still on an earlier spec: %d; "+
+		condition.Message = fmt.Sprintf("the rollout stopped at %s (%s); instances still on an earlier spec: %d; "+
 			"correct the spec to go on", broken.name, how(broken.ended), len(outdated))
 	case len(outdated) > 0:
 		condition.Reason = reasonReplacing
