@@ -7,6 +7,8 @@ import (
 
 	"github.com/k3s-io/kine/pkg/logstructured"
 	"github.com/k3s-io/kine/pkg/server"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -112,6 +114,16 @@ func (f *faithful) beginWrite(ctx context.Context) (_ context.Context, _ *outcom
 	}
 	o := &outcome{}
 	return context.WithValue(ctx, outcomeKey{}, o), o, unlock, nil
+}
+
+// refuseRangeStream is a gRPC interceptor that hides kine's streamed lists, of
+// which a limited one returns an item too many and no revision if a batch ends
+// at the limit. The API server falls back on pages.
+func refuseRangeStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if info.FullMethod == etcdserverpb.KV_RangeStream_FullMethodName {
+		return status.Error(codes.Unimplemented, "streamed lists are not supported")
+	}
+	return handler(srv, stream)
 }
 
 // notStored is the error of a write that the database didn't take.

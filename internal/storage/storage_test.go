@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -20,9 +21,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/k3s-io/kine/pkg/drivers"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/goleak"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 func TestMain(m *testing.M) {
@@ -125,10 +129,11 @@ func contents(t testing.TB, c *clientv3.Client, prefix string) []string {
 }
 
 func TestEtcdSemantics(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "state.db")
-	b := start(t, path)
-	c := client(t, b)
+	testEtcdSemantics(t, start(t, filepath.Join(t.TempDir(), "state.db")))
+}
 
+func testEtcdSemantics(t *testing.T, b *Backend) {
+	c := client(t, b)
 	rev := create(t, c, "/r/a", "1")
 	if r, err := c.Txn(t.Context()).If(clientv3.Compare(clientv3.ModRevision("/r/a"), "=", 0)).
 		Then(clientv3.OpPut("/r/a", "x")).Commit(); err != nil || r.Succeeded {
@@ -194,7 +199,10 @@ func TestEtcdSemantics(t *testing.T) {
 }
 
 func TestPagingAndCompaction(t *testing.T) {
-	b := start(t, filepath.Join(t.TempDir(), "state.db"))
+	testPagingAndCompaction(t, start(t, filepath.Join(t.TempDir(), "state.db")))
+}
+
+func testPagingAndCompaction(t *testing.T, b *Backend) {
 	c := client(t, b)
 	rev := create(t, c, "/r/0000", "v")
 	first := rev
@@ -964,4 +972,47 @@ func TestFailureEndsTheBackend(t *testing.T) {
 	if err := b.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+func TestOnlyTheSupportedDriversAreLinked(t *testing.T) {
+	for scheme, want := range map[string]bool{
+		"sqlite": true, "postgres": true, "postgresql": true,
+		"mysql": false, "nats": false, "jetstream": false, "memory": false, "mem": false, "t4": false, "http": false,
+	} {
+		if _, linked := drivers.Get(scheme); linked != want {
+			t.Errorf("%s: linked %t, want %t", scheme, linked, want)
+		}
+	}
+}
+
+// TestFailedTransactions: kine ends the process where it can't commit a
+// compaction, by a log entry.
+func TestFailedTransactions(t *testing.T) {
+	routeLogs()
+	got, err := recoverFailedTransaction(t.Context(), nil, nil, func(context.Context, any) (any, error) {
+		logrus.Fatalf("Transaction commit failed: %v", "database or disk is full")
+		return "goes on", nil
+	})
+	if want := "Transaction commit failed: database or disk is full"; got != nil || status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, %v; want Unavailable, %s", got, err, want)
+	}
+	defer func() {
+		if r := recover(); r != "another" {
+			t.Errorf("recovered %v", r)
+		}
+	}()
+	_, _ = recoverFailedTransaction(t.Context(), nil, nil, func(context.Context, any) (any, error) { panic("another") })
+}
+
+func BenchmarkCreate(b *testing.B) {
+	c := client(b, start(b, filepath.Join(b.TempDir(), "state.db")))
+	value := strings.Repeat("v", 1000)
+	var n atomic.Int64
+	b.SetParallelism(8)
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			create(b, c, fmt.Sprintf("/r/%d", n.Add(1)), value)
+		}
+	})
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "creates/s")
 }
