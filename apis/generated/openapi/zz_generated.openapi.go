@@ -1486,10 +1486,9 @@ func schema_aaserver_apis_streaming_v1_TargetLogOptions(ref common.ReferenceCall
 					},
 					"stream": {
 						SchemaProps: spec.SchemaProps{
-							Description: "stream selects All (the default), Stdout or Stderr.\n\nPossible enum values:\n - `\"All\"` is standard output and standard error, in the order of their times.\n - `\"Stderr\"` is standard error alone.\n - `\"Stdout\"` is standard output alone.",
+							Description: "stream selects All (the default), Stdout or Stderr.",
 							Type:        []string{"string"},
 							Format:      "",
-							Enum:        []interface{}{"All", "Stderr", "Stdout"},
 						},
 					},
 					"allInstances": {

@@ -2,9 +2,9 @@ package v1
 
 import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-// LogStream selects which output of an instance is returned.
-// +enum
-type LogStream string
+// LogStream selects which output of an instance is returned. It is an alias,
+// because the parameters of a query must be of a simple type.
+type LogStream = string
 
 const (
 	// LogStreamAll is standard output and standard error, in the order of

@@ -811,7 +811,9 @@ func autoConvert_url_Values_To_v1_TargetLogOptions(in *url.Values, out *TargetLo
 		out.LimitBytes = nil
 	}
 	if values, ok := map[string][]string(*in)["stream"]; ok && len(values) > 0 {
-		// FIXME: out.Stream is of not yet supported type and requires manual conversion
+		if err := runtime.Convert_Slice_string_To_string(&values, &out.Stream, s); err != nil {
+			return err
+		}
 	} else {
 		out.Stream = ""
 	}
