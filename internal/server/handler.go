@@ -23,8 +23,8 @@ var secondNames = map[string]string{
 // subresources in it, the context of a stream would end at the request timeout,
 // even after a hijack.
 var longRunning = filters.BasicLongRunningRequestCheck(
-	sets.New("watch", "proxy"),
-	sets.New("attach", "exec", "proxy", "log", "portforward", "logs", "port-forward"),
+	sets.NewString("watch", "proxy"),
+	sets.NewString("attach", "exec", "proxy", "log", "portforward", "logs", "port-forward"),
 )
 
 // buildHandlerChain puts the rewriting of second names before all else, so that

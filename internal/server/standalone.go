@@ -359,10 +359,13 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 	if err != nil {
 		return nil, err
 	}
-	generic.Authorization.Authorizer = authorizationunion.New(
-		authorizerfactory.NewPrivilegedGroups(user.SystemPrivilegedGroup),
-		health,
+	generic.Authorization.Authorizer, err = authorizationunion.New(
+		authorizationunion.NamedAuthorizer{AuthorizerName: "Administrators", Authorizer: authorizerfactory.NewPrivilegedGroups(user.SystemPrivilegedGroup)},
+		authorizationunion.NamedAuthorizer{AuthorizerName: "Health", Authorizer: health},
 	)
+	if err != nil {
+		return nil, err
+	}
 	// There are no flow schemas without a cluster; the limits of requests in
 	// flight stand.
 	generic.FlowControl = nil
