@@ -52,8 +52,12 @@ var commandSubprotocols = []string{
 }
 
 // stdinLimits bound what a command has been sent and hasn't read. See the
-// package comment for what the drip is good for.
-var stdinLimits = limits{soft: 1 << 20, hard: 32 << 20, drip: 256 << 10, interval: 5 * time.Second}
+// package comment for what the drip is good for. client-go's writes get stuck
+// for 25 s at most by it over one TCP connection.
+func stdinLimits(opts Options) limits {
+	const soft = 1 << 20
+	return limits{soft: min(soft, opts.MaxStdin), hard: opts.MaxStdin, drip: 384 << 10, interval: 5 * time.Second}
+}
 
 // ServeCommand upgrades the request to one of the protocols of exec and
 // attach, collects the client's streams, calls run, sends its outcome as the
@@ -100,7 +104,7 @@ func serveCommandWebSocket(w http.ResponseWriter, r *http.Request, req CommandRe
 	var stdin *inbox
 	var sizes *resizes
 	if req.Stdin {
-		stdin = newInbox(stdinLimits)
+		stdin = newInbox(stdinLimits(opts))
 		stdio.Stdin = stdin
 		defer stdin.Close()
 	}
@@ -283,7 +287,7 @@ func serveCommandSPDY(w http.ResponseWriter, r *http.Request, req CommandRequest
 		}
 		wanted[kind] = s
 		if kind == "stdin" {
-			s.in.limits = stdinLimits
+			s.in.limits = stdinLimits(opts)
 		}
 		missing--
 		if missing == 0 {

@@ -45,6 +45,7 @@ type inbox struct {
 	mu         sync.Mutex // protects all below, and the chunks' start and end
 	head, tail *chunk
 	size       int   // bytes that wait to be read
+	dripped    int   // how far above the soft limit size may be
 	filling    bool  // the receiver writes to tail beyond its end
 	err        error // what the reader gets after the data; nil if more may come
 	closed     bool
@@ -108,7 +109,6 @@ func (b *inbox) receive(r io.Reader, n int64) error {
 // reserve waits for room and returns it, nil if nobody will read any more. It
 // is the receiver's until it calls commit.
 func (b *inbox) reserve() []byte {
-	limit := b.limits.soft
 	var drip <-chan time.Time
 	for {
 		b.mu.Lock()
@@ -116,7 +116,10 @@ func (b *inbox) reserve() []byte {
 			b.mu.Unlock()
 			return nil
 		}
-		if b.size < limit {
+		if b.size < b.limits.soft {
+			b.dripped = 0
+		}
+		if b.size < max(b.limits.soft, b.dripped) {
 			if b.tail == nil || b.tail.end == chunkSize {
 				c := chunks.Get().(*chunk)
 				c.start, c.end, c.next = 0, 0, nil
@@ -132,7 +135,6 @@ func (b *inbox) reserve() []byte {
 			b.mu.Unlock()
 			return space
 		}
-		size := b.size
 		b.mu.Unlock()
 
 		if drip == nil && b.limits.drip > 0 {
@@ -144,7 +146,9 @@ func (b *inbox) reserve() []byte {
 		case <-b.writable:
 		case <-b.done:
 		case <-drip:
-			limit = min(size+b.limits.drip, b.limits.hard)
+			b.mu.Lock()
+			b.dripped = min(b.size+b.limits.drip, b.limits.hard)
+			b.mu.Unlock()
 		}
 	}
 }

@@ -38,6 +38,12 @@ type Options struct {
 	// promised; 0 is 30 s.
 	SetupTimeout time.Duration
 
+	// MaxStdin bounds what is kept in memory, in bytes, of what one command
+	// was sent and hasn't read; 0 is 32 MiB. More than 1 MiB is kept only for a
+	// command that goes without reading for a time, and so that its client's
+	// writes don't time out: see the package comment.
+	MaxStdin int
+
 	// MaxForwards bounds the connections that are open at a time in one
 	// port-forward session, those whose streams aren't complete yet included;
 	// 0 is 256.
@@ -60,6 +66,9 @@ func (o Options) withDefaults() Options {
 	o.StallTimeout = max(o.StallTimeout, o.PeerTimeout)
 	if o.SetupTimeout <= 0 {
 		o.SetupTimeout = 30 * time.Second
+	}
+	if o.MaxStdin <= 0 {
+		o.MaxStdin = 32 << 20
 	}
 	if o.MaxForwards <= 0 {
 		o.MaxForwards = 256
