@@ -5,13 +5,12 @@
 //
 // What it does with each instance:
 //
-//	          Start                    it ends
-//	Pending ─────────▶ Running ───────────────────────▶ Terminated (its restart policy leaves it)
-//	   ▲                ▲   │  ╲                            ▲
-//	   │ spec changed   │   │   ╲ its policy restarts it    │ Never
-//	   │                │   │    ▼                          │
-//	   └──── Stop ◀─────┼───┘   Waiting: CrashLoopBackOff ──┘
-//	                    └────────── or StartError
+//	Pending ── Start ──▶ Running ── ends ──▶ Terminated: its policy leaves it
+//	   ▲                  │   ▲ └── ends ──▶ Waiting: CrashLoopBackOff
+//	   │   spec changed   │   │                 │
+//	   └───── Stop ◀──────┘   └── Start ◀───────┘ back-off is over
+//
+// A start that fails is an end with exit code 128 and reason StartError.
 //
 // Back-off is 1 s and doubles with each end or failed start, up to 5 minutes;
 // a run of 10 minutes makes it begin anew, and so does a restart of the agent.
