@@ -29,8 +29,8 @@ type faithful struct {
 	// writes, if not nil, admits one write at a time. SQLite knows one writer;
 	// others would sleep and try again, for longer each time.
 	writes chan struct{}
-	// explained says that the backend's log is an explainingLog: why a write
-	// failed is known, and that it didn't need not be read back.
+	// explained says that the backend's log is an explainingLog, so that a
+	// failed write is known for one. Otherwise what was created is read back.
 	explained bool
 }
 
@@ -87,18 +87,22 @@ func (f *faithful) Delete(ctx context.Context, key string, revision int64) (int6
 }
 
 func (f *faithful) List(ctx context.Context, key, end string, limit, revision int64, keysOnly bool) (int64, []*server.KeyValue, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	// The streamed form does look whether reading failed.
-	list := f.Backend.ListStream(ctx, key, end, limit, revision, keysOnly)
-	kvs := []*server.KeyValue{}
-	for kv := range list.KVc {
-		kvs = append(kvs, kv)
+	rev, kvs, err := f.Backend.List(ctx, key, end, limit, revision, keysOnly)
+	if err != nil || limit > 0 && int64(len(kvs)) >= limit {
+		return rev, kvs, err
 	}
-	if err := <-list.Errorc; err != nil {
-		return list.CurrentRevision, nil, err
+	// kine's streamed form would tell of the failure, but is a data race.
+	if revision == 0 {
+		revision = rev
 	}
-	return list.CurrentRevision, kvs, nil
+	_, n, err := f.Backend.Count(ctx, key, end, revision)
+	if err != nil {
+		return rev, nil, err
+	}
+	if n != int64(len(kvs)) {
+		return rev, nil, status.Error(codes.Unavailable, fmt.Sprintf("the database broke off a list after %d of %d objects", len(kvs), n))
+	}
+	return rev, kvs, nil
 }
 
 func (f *faithful) beginWrite(ctx context.Context) (_ context.Context, _ *outcome, unlock func(), err error) {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/k3s-io/kine/pkg/drivers"
+	"github.com/k3s-io/kine/pkg/server"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -1002,6 +1003,59 @@ func TestFailedTransactions(t *testing.T) {
 		}
 	}()
 	_, _ = recoverFailedTransaction(t.Context(), nil, nil, func(context.Context, any) (any, error) { panic("another") })
+}
+
+// brokenOff is a backend whose connection breaks while it reads a list.
+type brokenOff struct{ server.Backend }
+
+func (b brokenOff) List(ctx context.Context, key, end string, limit, revision int64, keysOnly bool) (int64, []*server.KeyValue, error) {
+	rev, kvs, err := b.Backend.List(ctx, key, end, limit, revision, keysOnly)
+	return rev, kvs[:min(len(kvs), 2)], err
+}
+
+func TestBrokenOffLists(t *testing.T) {
+	ctx, end := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer end()
+	backend, _, err := (&sqliteDB{path: filepath.Join(t.TempDir(), "state.db")}).open(ctx, &wg, &drivers.Config{CompactBatchSize: 1000, PollInterval: time.Second, PollBatchSize: pollBatch})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := backend.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	var middle int64
+	for i := range 4 {
+		if middle, err = backend.Create(ctx, fmt.Sprintf("/r/%d", i), nil, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := backend.Create(ctx, "/r/4", nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		limit, revision int64
+		want            int
+	}{
+		"everything":                    {want: 5},
+		"everything of an old revision": {revision: middle, want: 4},
+		"a full page":                   {limit: 2, want: 2},
+		"a page that isn't full":        {limit: 9, want: 5},
+	} {
+		_, kvs, err := backend.List(ctx, "/r/", "/r0", tc.limit, tc.revision, true)
+		if err != nil || len(kvs) != tc.want {
+			t.Errorf("%s: %d objects, %v; want %d", name, len(kvs), err, tc.want)
+		}
+		_, kvs, err = (&faithful{Backend: brokenOff{backend}}).List(ctx, "/r/", "/r0", tc.limit, tc.revision, true)
+		if tc.want == 2 {
+			if err != nil || len(kvs) != 2 {
+				t.Errorf("%s, broken off after it: %d objects, %v", name, len(kvs), err)
+			}
+		} else if want := fmt.Sprintf("broke off a list after 2 of %d objects", tc.want); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s, broken off: %v, want %s", name, err, want)
+		}
+	}
 }
 
 func BenchmarkCreate(b *testing.B) {
