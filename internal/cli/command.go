@@ -9,14 +9,14 @@ import (
 	"net/url"
 	"os"
 
+	"github.com/spf13/cobra"
 	"k8s.io/apimachinery/pkg/util/httpstream"
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/client-go/transport/spdy"
+	"k8s.io/klog/v2"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 	"k8s.io/kubectl/pkg/util/interrupt"
 	"k8s.io/kubectl/pkg/util/term"
-
-	"github.com/spf13/cobra"
 )
 
 // stdio is the user's side of exec and attach.
@@ -85,6 +85,12 @@ func (c *connection) stream(ctx context.Context, t term.TTY, target string, u *u
 	executor, dialled, err := c.executor(u, target)
 	if err != nil {
 		return err
+	}
+	if !klog.V(1).Enabled() {
+		// client-go logs as errors what happens at the end of every other
+		// session, that the command didn't read all of its stdin for example.
+		// What matters it returns.
+		ctx = klog.NewContext(ctx, klog.Logger{})
 	}
 	return t.Safe(func() error {
 		err := executor.StreamWithContext(ctx, options)

@@ -35,7 +35,7 @@ const (
 )
 
 // errSilent ends a connection whose server has gone without a word.
-var errSilent = fmt.Errorf("the server hasn't answered for %v", deadAfter)
+var errSilent = errors.New("the server hasn't answered")
 
 // portForwardConnection is the SPDY connection of a port-forward session, with
 // what client-go's own lacks: it knows which streams were reset, and finds out
@@ -85,7 +85,7 @@ func (c *connection) dialTunnel(ctx context.Context, u *url.URL) (*spdyTransport
 	if err != nil {
 		return nil, err
 	}
-	transport := newSPDYTransport(portforward.NewTunnelingConnection("client", ws))
+	transport := newSPDYTransport(portforward.NewTunnelingConnection("client", ws), deadAfter)
 	// The server's pings don't surface as data, but say that it is there.
 	answer := ws.PingHandler()
 	ws.SetPingHandler(func(data string) error {
@@ -138,7 +138,7 @@ func (c *connection) dialSPDY(ctx context.Context, target string, u *url.URL) (*
 		upgraded.Close()
 		return nil, fmt.Errorf("unable to negotiate protocol: client supports %q, server returned %q", portforward.PortForwardProtocolV1Name, got)
 	}
-	return newSPDYTransport(upgraded), nil
+	return newSPDYTransport(upgraded, deadAfter), nil
 }
 
 // spdyTransport is the connection below SPDY. It reads along, because the SPDY
@@ -148,7 +148,8 @@ type spdyTransport struct {
 	conn io.ReadWriteCloser
 	// idle fires when the server has been silent while we waited for it. While
 	// a stalled stream keeps us from reading, it doesn't run.
-	idle *time.Timer
+	idle     *time.Timer
+	patience time.Duration
 
 	// Used by the one goroutine that reads.
 	header    [8]byte
@@ -171,9 +172,9 @@ type spdyTransport struct {
 
 var _ net.Conn = (*spdyTransport)(nil)
 
-func newSPDYTransport(conn io.ReadWriteCloser) *spdyTransport {
-	t := &spdyTransport{conn: conn, resets: map[uint32]chan struct{}{}}
-	t.idle = time.AfterFunc(deadAfter, func() { t.fail(errSilent) })
+func newSPDYTransport(conn io.ReadWriteCloser, patience time.Duration) *spdyTransport {
+	t := &spdyTransport{conn: conn, patience: patience, resets: map[uint32]chan struct{}{}}
+	t.idle = time.AfterFunc(patience, func() { t.fail(fmt.Errorf("%w for %v", errSilent, patience)) })
 	t.idle.Stop()
 	return t
 }
@@ -197,10 +198,10 @@ func (t *spdyTransport) cause() error {
 }
 
 // alive says that something has come from the server.
-func (t *spdyTransport) alive() { t.idle.Reset(deadAfter) }
+func (t *spdyTransport) alive() { t.idle.Reset(t.patience) }
 
 func (t *spdyTransport) Read(p []byte) (int, error) {
-	t.idle.Reset(deadAfter)
+	t.idle.Reset(t.patience)
 	n, err := t.conn.Read(p)
 	t.idle.Stop()
 	t.scan(p[:n])

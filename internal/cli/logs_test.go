@@ -1,0 +1,629 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/utils/ptr"
+
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/streaming"
+)
+
+func TestLogOptions(t *testing.T) {
+	tests := map[string]struct {
+		args []string
+		want v1.TargetLogOptions
+	}{
+		"nothing but the target": {args: []string{"web"}},
+		"an instance after a slash": {
+			args: []string{"web/web-1"},
+			want: v1.TargetLogOptions{Instance: "web-1"}},
+		"an instance by flag, of a target with its type": {
+			args: []string{"target/web", "--instance=web-1"},
+			want: v1.TargetLogOptions{Instance: "web-1"}},
+		"the short flags": {
+			args: []string{"-fp", "web"},
+			want: v1.TargetLogOptions{Follow: true, Previous: true}},
+		"what to print of each line": {
+			args: []string{"web", "--timestamps", "--all-instances", "--prefix"},
+			want: v1.TargetLogOptions{Timestamps: true, AllInstances: true, Prefix: true}},
+		"how much": {
+			args: []string{"web", "--tail=0", "--limit-bytes=7"},
+			want: v1.TargetLogOptions{TailLines: ptr.To[int64](0), LimitBytes: ptr.To[int64](7)}},
+		"a tail of -1 is the whole log": {args: []string{"web", "--tail=-1"}},
+		"a duration is rounded up to seconds": {
+			args: []string{"web", "--since=1500ms"},
+			want: v1.TargetLogOptions{SinceSeconds: ptr.To[int64](2)}},
+		"a duration in hours": {
+			args: []string{"web", "--since=2h"},
+			want: v1.TargetLogOptions{SinceSeconds: ptr.To[int64](7200)}},
+		"a time": {
+			args: []string{"web", "--since-time=2026-01-02T03:04:05+01:00"},
+			want: v1.TargetLogOptions{SinceTime: &metav1.Time{Time: time.Date(2026, 1, 2, 2, 4, 5, 0, time.UTC)}}},
+		"one of the streams": {
+			args: []string{"web", "--stream=stderr"},
+			want: v1.TargetLogOptions{Stream: v1.LogStreamStderr}},
+		"a stream as the API spells it": {
+			args: []string{"web", "--stream=Stdout"},
+			want: v1.TargetLogOptions{Stream: v1.LogStreamStdout}},
+		"a selector shows ten lines of each": {
+			args: []string{"-l", "app=shop"},
+			want: v1.TargetLogOptions{TailLines: ptr.To[int64](10)}},
+		"a selector shows more lines when told": {
+			args: []string{"-l", "app=shop", "--tail=20"},
+			want: v1.TargetLogOptions{TailLines: ptr.To[int64](20)}},
+		"a selector shows all lines when told": {args: []string{"-l", "app=shop", "--tail=-1"}},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			server := newTestServer(t, process("web"))
+			var got v1.TargetLogOptions
+			server.log = func(w http.ResponseWriter, r *http.Request, _ string) {
+				got = *decode[v1.TargetLogOptions](t, r)
+				if got.Stream == v1.LogStreamAll {
+					got.Stream = "" // the default
+				}
+				io.WriteString(w, "line\n")
+			}
+			cmd := server.start(nil, append([]string{"logs"}, test.args...)...)
+			if code := cmd.wait(); code != 0 {
+				t.Errorf("exit code %d, stderr %q", code, cmd.errOut)
+			}
+			if diff := cmp.Diff("line\n", cmd.out.String()); diff != "" {
+				t.Errorf("stdout (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("options (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestUsageErrors(t *testing.T) {
+	const logsHelp = "\nSee 'kubectl target logs -h' for help and examples\n"
+	const execHelp = "\nSee 'kubectl target exec -h' for help and examples\n"
+	tests := map[string]struct {
+		args []string
+		want string
+	}{
+		"no target": {
+			args: []string{"logs"},
+			want: "error: expected 'logs [-f] [-p] (TARGET[/INSTANCE] | -l SELECTOR)'.\nTARGET or target/NAME is a required argument for the logs command" + logsHelp},
+		"a target and a selector": {
+			args: []string{"logs", "web", "-l", "a=b"},
+			want: "error: only a selector (-l) or a TARGET name is allowed" + logsHelp},
+		"a selector and an instance": {
+			args: []string{"logs", "-l", "a=b", "--instance", "web-0"},
+			want: "error: a selector (-l) and --instance exclude each other" + logsHelp},
+		"a selector that isn't one": {
+			args: []string{"logs", "-l", "a in ("},
+			want: ""},
+		"two ways to say since": {
+			args: []string{"logs", "web", "--since=1s", "--since-time=2026-01-02T03:04:05Z"},
+			want: "error: at most one of --since and --since-time may be used\n"},
+		"a time that isn't one": {
+			args: []string{"logs", "web", "--since-time=yesterday"},
+			want: "error: --since-time=yesterday is not a time in RFC 3339, such as 2026-01-02T15:04:05Z\n"},
+		"a negative duration": {
+			args: []string{"logs", "web", "--since=-1s"},
+			want: "error: --since must be greater than 0\n"},
+		"a negative tail": {
+			args: []string{"logs", "web", "--tail=-2"},
+			want: "error: --tail must be greater than or equal to -1\n"},
+		"no bytes": {
+			args: []string{"logs", "web", "--limit-bytes=0"},
+			want: "error: --limit-bytes must be greater than 0\n"},
+		"a stream that doesn't exist": {
+			args: []string{"logs", "web", "--stream=both"},
+			want: "error: --stream=both: expected all, stdout or stderr\n"},
+		"one instance and all": {
+			args: []string{"logs", "web/web-0", "--all-instances"},
+			want: "error: --all-instances excludes the name of an instance\n"},
+		"another resource": {
+			args: []string{"logs", "pod/web"},
+			want: `error: "pod/web" is neither target/NAME nor TARGET/INSTANCE: the instances of target "pod" are called pod-...` + logsHelp},
+		"two instances": {
+			args: []string{"exec", "web/web-0", "--instance=web-1", "--", "ls"},
+			want: `error: "web/web-0" and --instance=web-1 name two instances` + execHelp},
+		"no command": {
+			args: []string{"exec", "web", "--"},
+			want: "error: you must specify at least one command for the target" + execHelp},
+		"no dashes before the command": {
+			args: []string{"exec", "web", "ls"},
+			want: "error: exec [TARGET] [COMMAND] is not supported. Use exec [TARGET] -- [COMMAND] instead" + execHelp},
+		"a command and no target": {
+			args: []string{"exec", "--", "ls"},
+			want: "error: TARGET or target/NAME must be specified" + execHelp},
+		"no ports": {
+			args: []string{"port-forward", "web"},
+			want: "error: TARGET and list of PORTS are required for port-forward\nSee 'kubectl target port-forward -h' for help and examples\n"},
+		"an unknown flag": {
+			args: []string{"logs", "--lines=3"},
+			want: "error: unknown flag: --lines\nSee 'kubectl target logs --help' for usage.\n"},
+		"an unknown command": {
+			args: []string{"get"},
+			want: "error: unknown command \"get\" for \"kubectl target\"\n"},
+		"a shell that isn't known": {
+			args: []string{"completion", "tcsh"},
+			want: "error: unsupported shell type \"tcsh\": expected one of bash, zsh, fish, powershell\n"},
+		"a name that can't be one": {
+			args: []string{"exec", "..", "--", "ls"},
+			want: "error: invalid resource name \"..\": [may not be '..']\n"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			server := newTestServer(t)
+			cmd := server.start(nil, test.args...)
+			if code := cmd.wait(); code != 1 {
+				t.Errorf("exit code %d, want 1", code)
+			}
+			if test.want != "" {
+				if diff := cmp.Diff(test.want, cmd.errOut.String()); diff != "" {
+					t.Errorf("stderr (-want +got):\n%s", diff)
+				}
+			} else if !strings.HasPrefix(cmd.errOut.String(), "error: ") {
+				t.Errorf("stderr %q", cmd.errOut)
+			}
+			if got := server.seen(); len(got) > 0 {
+				t.Errorf("requests were made: %v", got)
+			}
+		})
+	}
+}
+
+func TestParseRef(t *testing.T) {
+	tests := map[string]struct {
+		arg, instance string
+		want          ref
+		wantErr       bool
+	}{
+		"a target":                             {arg: "web", want: ref{target: "web"}},
+		"with its type":                        {arg: "targets.streaming.aaserver.io/web", want: ref{target: "web"}},
+		"with its short type and an instance":  {arg: "tgt/web/web-0", want: ref{target: "web", instance: "web-0"}},
+		"an instance":                          {arg: "web/web-0", want: ref{target: "web", instance: "web-0"}},
+		"the same instance twice":              {arg: "web/web-0", instance: "web-0", want: ref{target: "web", instance: "web-0"}},
+		"a target called target":               {arg: "target", want: ref{target: "target"}},
+		"a target called target with its type": {arg: "target/target", want: ref{target: "target"}},
+		"nothing":                              {wantErr: true},
+		"nothing after the slash":              {arg: "web/", wantErr: true},
+		"nothing before the slash":             {arg: "/web", wantErr: true},
+		"another target's instance":            {arg: "web/db-0", wantErr: true},
+		"too many parts":                       {arg: "target/web/web-0/x", wantErr: true},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			got, err := parseRef(test.arg, test.instance)
+			if (err != nil) != test.wantErr {
+				t.Fatalf("error %v, want one: %v", err, test.wantErr)
+			}
+			if diff := cmp.Diff(test.want, got, cmp.AllowUnexported(ref{})); diff != "" {
+				t.Errorf("ref (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestBrokenLogIsAnError(t *testing.T) {
+	server := newTestServer(t, process("web"))
+	server.log = func(w http.ResponseWriter, r *http.Request, _ string) {
+		_ = streaming.ServeLog(w, r, true, streaming.Options{}, func(_ context.Context, out io.Writer) error {
+			io.WriteString(out, "first\n")
+			return errors.New("the disk is gone")
+		})
+	}
+	cmd := server.start(nil, "logs", "-f", "web")
+	if code := cmd.wait(); code != 1 {
+		t.Errorf("exit code %d, want 1", code)
+	}
+	if got, want := cmd.errOut.String(), "error: the log broke off: "; !strings.HasPrefix(got, want) {
+		t.Errorf("stderr %q, want it to begin with %q", got, want)
+	}
+	if diff := cmp.Diff("first\n", cmd.out.String()); diff != "" {
+		t.Errorf("stdout (-want +got):\n%s", diff)
+	}
+}
+
+func TestInterruptedFollow(t *testing.T) {
+	server := newTestServer(t, process("web"))
+	server.log = func(w http.ResponseWriter, r *http.Request, _ string) {
+		_ = streaming.ServeLog(w, r, true, streaming.Options{}, func(ctx context.Context, out io.Writer) error {
+			io.WriteString(out, "first\n")
+			<-ctx.Done()
+			return ctx.Err()
+		})
+	}
+	cmd := server.start(nil, "logs", "-f", "web")
+	until(t, "the line", func() bool { return cmd.out.String() == "first\n" })
+	cmd.cancel(terminated{syscall.SIGTERM})
+	if code := cmd.wait(); code != 143 {
+		t.Errorf("exit code %d, want 143", code)
+	}
+	if got := cmd.errOut.String(); got != "" {
+		t.Errorf("stderr %q, want none", got)
+	}
+}
+
+func TestSelectedLogs(t *testing.T) {
+	label := func(value string) func(*v1.Target) {
+		return func(target *v1.Target) { target.Labels = map[string]string{"app": value} }
+	}
+	server := newTestServer(t, process("b"), process("a"), process("c"), process("other", label("other")))
+	server.log = func(w http.ResponseWriter, r *http.Request, target string) {
+		if target == "b" {
+			writeError(w, apierrors.NewServiceUnavailable("agent gone"))
+			return
+		}
+		fmt.Fprintf(w, "[%s-0] no newline at the end", target)
+	}
+	cmd := server.start(nil, "logs", "-l", "app=shop", "--prefix")
+	if code := cmd.wait(); code != 1 {
+		t.Errorf("exit code %d, want 1", code)
+	}
+	if diff := cmp.Diff("[a-0] no newline at the end\n[c-0] no newline at the end\n", cmd.out.String()); diff != "" {
+		t.Errorf("stdout (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff("Error from server (ServiceUnavailable): agent gone\n", cmd.errOut.String()); diff != "" {
+		t.Errorf("stderr (-want +got):\n%s", diff)
+	}
+
+	cmd = server.start(nil, "logs", "-l", "app=nothing")
+	if code := cmd.wait(); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+	if diff := cmp.Diff("No resources found in shop namespace.\n", cmd.errOut.String()); diff != "" {
+		t.Errorf("stderr (-want +got):\n%s", diff)
+	}
+}
+
+func TestMerger(t *testing.T) {
+	long := strings.Repeat("x", 3*lineBuffer)
+	tests := map[string]struct {
+		in, prefix, want string
+	}{
+		"lines":                      {in: "a\nb\n", prefix: "> ", want: "> a\n> b\n"},
+		"a last line without an end": {in: "a\nb", want: "a\nb\n"},
+		"empty lines":                {in: "\n\n", prefix: ">", want: ">\n>\n"},
+		"nothing":                    {},
+		"a long line":                {in: long + "\nb\n", prefix: "> ", want: "> " + long + "\n> b\n"},
+		"a long line without an end": {in: long, prefix: "> ", want: "> " + long + "\n"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			var got bytes.Buffer
+			m := &merger{w: &got}
+			err := m.copy(strings.NewReader(test.in), func(line []byte) ([]byte, []byte, bool) { return []byte(test.prefix), line, true })
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(test.want, got.String()); diff != "" {
+				t.Errorf("output (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestMergerDropsHalfALineOfABrokenStream(t *testing.T) {
+	var got bytes.Buffer
+	m := &merger{w: &got}
+	broken := errors.New("broken")
+	err := m.copy(io.MultiReader(strings.NewReader("whole\nhal"), &failing{broken}), nil)
+	if !errors.Is(err, broken) {
+		t.Errorf("error %v, want %v", err, broken)
+	}
+	if diff := cmp.Diff("whole\n", got.String()); diff != "" {
+		t.Errorf("output (-want +got):\n%s", diff)
+	}
+}
+
+type failing struct{ err error }
+
+func (f *failing) Read([]byte) (int, error) { return 0, f.err }
+
+func TestLinesOfManyStreamsStayWhole(t *testing.T) {
+	const streams, lines = 8, 200
+	got := &output{}
+	m := &merger{w: got}
+	var wg sync.WaitGroup
+	for i := range streams {
+		wg.Go(func() {
+			r, w := io.Pipe()
+			wg.Go(func() {
+				defer w.Close()
+				for range lines {
+					// In two pieces, some longer than the buffer.
+					text := strings.Repeat(string(rune('a'+i)), 10+i*lineBuffer/4)
+					io.WriteString(w, text[:5])
+					io.WriteString(w, text[5:]+"\n")
+				}
+			})
+			if err := m.copy(r, nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	count := map[byte]int{}
+	for line := range strings.Lines(got.String()) {
+		line = strings.TrimSuffix(line, "\n")
+		if line == "" || strings.Trim(line, line[:1]) != "" || len(line) != 10+int(line[0]-'a')*lineBuffer/4 {
+			t.Fatalf("a line is mixed up: %d bytes beginning with %.20q", len(line), line)
+		}
+		count[line[0]]++
+	}
+	for i := range streams {
+		if n := count[byte('a'+i)]; n != lines {
+			t.Errorf("stream %d: %d lines, want %d", i, n, lines)
+		}
+	}
+}
+
+func TestColors(t *testing.T) {
+	plain, colored := &merger{}, &merger{color: true}
+	if diff := cmp.Diff("[web-0] ", string(plain.paint("web-0"))); diff != "" {
+		t.Errorf("without colours (-want +got):\n%s", diff)
+	}
+	first := string(colored.paint("web-0"))
+	if !strings.HasPrefix(first, "\x1b[") || !strings.HasSuffix(first, "m[web-0]\x1b[0m ") {
+		t.Errorf("painted %q", first)
+	}
+	if first != string(colored.paint("web-0")) {
+		t.Error("an instance changes its colour")
+	}
+	used := map[string]bool{}
+	for i := range 100 {
+		used[strings.SplitN(string(colored.paint(fmt.Sprint("web-", i))), "m", 2)[0]] = true
+	}
+	if len(used) != len(colors) {
+		t.Errorf("100 instances use %d colours, want %d", len(used), len(colors))
+	}
+
+	tests := map[string]struct{ line, want string }{
+		"a prefixed line":           {"[web-0] text [x] y\n", string(colored.paint("web-0")) + "text [x] y\n"},
+		"a line without a prefix":   {"text\n", "text\n"},
+		"a bracket that stays open": {"[text\n", "[text\n"},
+		"an empty line":             {"\n", "\n"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			prefix, rest, keep := colored.repaint([]byte(test.line))
+			if diff := cmp.Diff(test.want, string(prefix)+string(rest)); diff != "" || !keep {
+				t.Errorf("keep %v, line (-want +got):\n%s", keep, diff)
+			}
+		})
+	}
+}
+
+// logOf is the log of an instance that a test writes.
+type logOf struct {
+	mu      sync.Mutex
+	changed chan struct{}
+	lines   []string // each with its time
+	ended   bool
+	cut     int // streams are cut off when it changes
+	opened  []v1.TargetLogOptions
+}
+
+func (l *logOf) change(f func(*logOf)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f(l)
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+func (l *logOf) write(lines ...string) {
+	l.change(func(l *logOf) { l.lines = append(l.lines, lines...) })
+}
+
+// logs serves the logs of instances, with resumeAfter and tail.
+type logs struct {
+	t    *testing.T
+	mu   sync.Mutex
+	logs map[string]*logOf
+}
+
+func (l *logs) of(instance string) *logOf {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	log, ok := l.logs[instance]
+	if !ok {
+		log = &logOf{changed: make(chan struct{})}
+		l.logs[instance] = log
+	}
+	return log
+}
+
+func (l *logs) serve(w http.ResponseWriter, r *http.Request, _ string) {
+	options := decode[v1.TargetLogOptions](l.t, r)
+	log := l.of(options.Instance)
+	log.mu.Lock()
+	log.opened = append(log.opened, *options)
+	next, cut := 0, log.cut
+	if n := ptr.Deref(options.TailLines, -1); n >= 0 {
+		next = max(0, len(log.lines)-int(n))
+	}
+	for options.ResumeAfter != "" && next < len(log.lines) && log.lines[next] <= options.ResumeAfter+" ~" {
+		next++
+	}
+	log.mu.Unlock()
+	_ = streaming.ServeLog(w, r, true, streaming.Options{}, func(ctx context.Context, out io.Writer) error {
+		out.(http.Flusher).Flush()
+		for {
+			log.mu.Lock()
+			lines, ended, broken, changed := log.lines[next:], log.ended, log.cut != cut, log.changed
+			next = len(log.lines)
+			log.mu.Unlock()
+			for _, line := range lines {
+				if _, err := io.WriteString(out, line+"\n"); err != nil {
+					return err
+				}
+			}
+			switch {
+			case broken:
+				// Half a line is on its way when it breaks.
+				io.WriteString(out, "2026-01-01T00:00:59Z hal")
+				return errors.New("broken")
+			case ended:
+				return nil
+			}
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+	})
+}
+
+func at(second int, text string) string {
+	return fmt.Sprintf("2026-01-01T00:00:%02dZ %s", second, text)
+}
+
+// instances sets a target's status: names with the number of restarts, -1 for
+// one that has ended.
+func instances(target *v1.Target, restarts map[string]int) *v1.Target {
+	target = target.DeepCopy()
+	target.Status.Instances = nil
+	for i := range 9 {
+		name := fmt.Sprint(target.Name, "-", i)
+		n, ok := restarts[name]
+		if !ok {
+			continue
+		}
+		status := v1.InstanceStatus{Name: name}
+		if n >= 0 {
+			status.Ready, status.RestartCount = true, int32(n)
+			status.State.Running = &v1.InstanceStateRunning{StartedAt: metav1.Unix(int64(1000+n), 0)}
+		} else {
+			status.State.Terminated = &v1.InstanceStateTerminated{}
+		}
+		target.Status.Instances = append(target.Status.Instances, status)
+	}
+	return target
+}
+
+func TestFollowSelected(t *testing.T) {
+	noLeaks(t)
+	server := newTestServer(t, process("other", func(target *v1.Target) { target.Labels = nil }))
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	cmd := server.start(nil, "logs", "-f", "-l", "app=shop", "--all-instances", "--prefix")
+	until(t, "the hint", func() bool {
+		return cmd.errOut.String() == "No resources found in shop namespace. Waiting for them.\n"
+	})
+	var want []string
+	expect := func(lines ...string) {
+		t.Helper()
+		want = append(want, lines...)
+		until(t, fmt.Sprintf("%q after %q", lines, cmd.out), func() bool {
+			return len(strings.Split(cmd.out.String(), "\n"))-1 >= len(want)
+		})
+		if diff := cmp.Diff(strings.Join(want, "\n")+"\n", cmd.out.String()); diff != "" {
+			t.Fatalf("stdout (-want +got):\n%s", diff)
+		}
+	}
+
+	// A target appears.
+	logs.of("web-0").write(at(1, "one"))
+	web := process("web")
+	server.apply(instances(web, map[string]int{"web-0": 0}))
+	expect("[web-0] one")
+	logs.of("web-0").write(at(2, "two"))
+	expect("[web-0] two")
+
+	// It gets an instance.
+	server.apply(instances(web, map[string]int{"web-0": 0, "web-1": 0}))
+	logs.of("web-1").write(at(3, "three"))
+	expect("[web-1] three")
+
+	// Another target appears; one that isn't selected doesn't count.
+	server.apply(instances(process("db"), map[string]int{"db-0": 0}))
+	logs.of("db-0").write(at(4, "four"))
+	expect("[db-0] four")
+
+	// An instance ends for good, and later runs anew: its old lines don't come
+	// again.
+	logs.of("web-0").change(func(l *logOf) { l.ended = true })
+	server.apply(instances(web, map[string]int{"web-0": -1, "web-1": 0}))
+	until(t, "the stream's end", func() bool { return len(logs.of("web-0").openings()) == 1 })
+	logs.of("web-0").change(func(l *logOf) { l.ended = false })
+	logs.of("web-0").write(at(5, "five"))
+	server.apply(instances(web, map[string]int{"web-0": 1, "web-1": 0}))
+	expect("[web-0] five")
+
+	// A stream breaks off in the middle of a line.
+	logs.of("web-1").change(func(l *logOf) { l.cut++ })
+	until(t, "the warning", func() bool {
+		return strings.Contains(cmd.errOut.String(), "warning: the log of web/web-1 is resumed: ")
+	})
+	logs.of("web-1").write(at(6, "six"))
+	expect("[web-1] six")
+
+	// The target is deleted and created anew under its name.
+	logs.of("web-0").write(at(7, "seven"))
+	expect("[web-0] seven")
+	for _, name := range []string{"web-0", "web-1"} {
+		logs.of(name).change(func(l *logOf) { l.ended = true })
+	}
+	server.delete("web")
+	logs.mu.Lock()
+	delete(logs.logs, "web-0")
+	logs.mu.Unlock()
+	logs.of("web-0").write(at(1, "eight"))
+	again := process("web")
+	again.UID = types.UID("another")
+	server.apply(instances(again, map[string]int{"web-0": 0}))
+	expect("[web-0] eight")
+
+	cmd.cancel(terminated{syscall.SIGINT})
+	if code := cmd.wait(); code != 130 {
+		t.Errorf("exit code %d, want 130", code)
+	}
+	if strings.Contains(cmd.errOut.String(), "watching targets failed") {
+		t.Errorf("stderr %q", cmd.errOut)
+	}
+}
+
+func TestFollowSelectedFollowsOneInstance(t *testing.T) {
+	noLeaks(t)
+	web := process("web")
+	server := newTestServer(t, instances(web, map[string]int{"web-0": -1, "web-1": 0, "web-2": 0}))
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	logs.of("web-1").write(at(1, "a"), at(2, "b"), at(3, "c"))
+	cmd := server.start(nil, "logs", "-f", "-l", "app=shop", "--tail=2", "--timestamps", "--limit-bytes=70")
+	until(t, "the tail", func() bool { return strings.Count(cmd.out.String(), "\n") == 2 })
+	// It ends; another instance takes its place.
+	logs.of("web-1").change(func(l *logOf) { l.ended = true })
+	logs.of("web-2").write(at(4, "d"), at(5, "beyond the limit"))
+	until(t, "the limit", func() bool { return strings.Count(cmd.out.String(), "\n") == 4 })
+	want := at(2, "b") + "\n" + at(3, "c") + "\n" + at(4, "d") + "\n" + at(5, "beyond")[:1] + "\n"
+	if got := cmd.out.String(); len(got) < 70 || len(got) > 71 || got[:69] != want[:69] {
+		t.Errorf("stdout %q", got)
+	}
+	cmd.cancel(terminated{syscall.SIGINT})
+	cmd.wait()
+	if got := logs.of("web-0").openings(); len(got) != 0 {
+		t.Errorf("the instance that has ended was followed: %+v", got)
+	}
+}
+
+func (l *logOf) openings() []v1.TargetLogOptions {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([]v1.TargetLogOptions(nil), l.opened...)
+}
