@@ -19,7 +19,6 @@ import (
 
 	"aaserver.io/aaserver/apis/generated/openapi"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
-	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/version"
 	"aaserver.io/aaserver/registry/access"
 	"aaserver.io/aaserver/registry/target"
@@ -74,9 +73,6 @@ type CompletedConfig struct {
 func (c *Config) Complete() CompletedConfig {
 	completed := completedConfig{c.Generic.Complete(), c.Extra}
 	completed.extra.Target.Authorizer = c.Generic.Authorization.Authorizer
-	if completed.extra.Target.Sessions == nil {
-		completed.extra.Target.Sessions = session.NewManager(session.Options{})
-	}
 	return CompletedConfig{&completed}
 }
 

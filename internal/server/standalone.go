@@ -30,6 +30,7 @@ import (
 	genericoptions "k8s.io/apiserver/pkg/server/options"
 	"k8s.io/apiserver/pkg/storage/storagebackend"
 	"k8s.io/client-go/rest"
+	"k8s.io/component-base/metrics/legacyregistry"
 
 	"aaserver.io/aaserver/apis/generated/clientset/versioned"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
@@ -40,7 +41,6 @@ import (
 	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
-	"aaserver.io/aaserver/streaming"
 )
 
 // LocalAgent is the name of the agent that a standalone server embeds.
@@ -232,6 +232,10 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 		return err
 	}
 
+	if err := local.Register(legacyregistry.Register); err != nil {
+		return err
+	}
+
 	// The agent outlives the API server: while that drains, instances end and
 	// are reported as always.
 	agentCtx, stopAgent := context.WithCancel(context.WithoutCancel(ctx))
@@ -251,7 +255,10 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 		return server.Generic.PrepareRun().RunWithContext(ctx)
 	})
 	run("the agent has failed", func() error { return local.Run(agentCtx) })
-	run("the renewal of certificates has failed", func() error { return certificates.Run(ctx) })
+	group.Go(func() error {
+		certificates.Run(ctx)
+		return nil
+	})
 	run("the server doesn't become ready", func() error {
 		if err := waitReady(ctx, config.Generic.LoopbackClientConfig); err != nil {
 			return nil // it is being shut down
@@ -314,12 +321,14 @@ func (o *StandaloneOptions) ensureCertificates(dir string, address *net.TCPAddr)
 		URL:        "https://" + net.JoinHostPort(reach.String(), strconv.Itoa(address.Port)),
 		Kubeconfig: filepath.Join(dir, "kubeconfig"),
 	}
-	files, err := pki.Ensure(filepath.Join(dir, "pki"), pki.Options{
-		Hosts:      hosts,
-		Server:     info.URL,
-		Kubeconfig: info.Kubeconfig,
-	})
-	return files, info, err
+	files, err := pki.Ensure(filepath.Join(dir, "pki"), pki.Options{Hosts: hosts})
+	if err != nil {
+		return nil, ReadyInfo{}, err
+	}
+	if err := files.WriteKubeconfig(info.Kubeconfig, info.URL); err != nil {
+		return nil, ReadyInfo{}, err
+	}
+	return files, info, nil
 }
 
 // config assembles the API server's configuration.
@@ -329,7 +338,7 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 
 	serving := o.SecureServing
 	serving.Listener = listener
-	serving.ServerCert.CertKey = genericoptions.CertKey{CertFile: certificates.ServingCert, KeyFile: certificates.ServingKey}
+	serving.ServerCert.CertKey = genericoptions.CertKey{CertFile: certificates.Serving, KeyFile: certificates.Serving}
 	if err := serving.ApplyToConfig(generic); err != nil {
 		return nil, err
 	}
@@ -369,6 +378,9 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 	// There are no flow schemas without a cluster; the limits of requests in
 	// flight stand.
 	generic.FlowControl = nil
+	// Without it, http.Server waits for every watch, the agent's own among
+	// them, until its time is up.
+	generic.ShutdownWatchTerminationGracePeriod = o.DrainTimeout
 
 	config.Extra = ExtraConfig{
 		SelfAccessReviews: true,
@@ -379,8 +391,7 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 			Drivers:      localDrivers(map[string]driver.Driver{v1.SourceProcess: host}),
 			Dial:         (&net.Dialer{}).DialContext,
 			OpenPorts:    true,
-			Sessions:     session.NewManager(session.Options{Max: o.MaxSessions}),
-			Streaming:    streaming.Options{},
+			Sessions:     session.NewManager(session.Options{Max: o.MaxSessions, Code: target.SessionCode}),
 		},
 	}
 	return config, nil

@@ -2,6 +2,7 @@ package target
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
 	"aaserver.io/aaserver/internal/session"
+	"aaserver.io/aaserver/streaming"
 )
 
 // connector is what the connect subresources share: the way from a request to
@@ -184,6 +186,24 @@ func statusError(err error) error {
 		return apierrors.NewServiceUnavailable(err.Error())
 	}
 	return err
+}
+
+// SessionCode is the result code of a session that ended with err, for
+// session.Options: an exit code is no failure of the session, and neither is a
+// client that leaves one of the server.
+func SessionCode(err error) int {
+	var status apierrors.APIStatus
+	switch {
+	case errors.As(err, new(*streaming.ExitError)), errors.As(err, new(*driver.ExitError)):
+		return http.StatusOK
+	case errors.Is(err, streaming.ErrClientGone), errors.Is(err, streaming.ErrPeerTimeout):
+		return session.StatusClientGone
+	case errors.Is(err, streaming.ErrProtocol), errors.Is(err, streaming.ErrSetupTimeout):
+		return http.StatusBadRequest
+	case errors.As(statusError(err), &status):
+		return int(status.Status().Code)
+	}
+	return 0
 }
 
 func notFound(message string) error {

@@ -17,6 +17,8 @@ import (
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/session"
+	"aaserver.io/aaserver/streaming"
 )
 
 func TestPick(t *testing.T) {
@@ -199,6 +201,27 @@ func TestAuthorizeCreate(t *testing.T) {
 			}
 			if got != tt.wantErr {
 				t.Errorf("got error %q, want %q", got, tt.wantErr)
+			}
+		})
+	}
+}
+
+func TestSessionCode(t *testing.T) {
+	for name, tt := range map[string]struct {
+		err  error
+		want int
+	}{
+		"an exit code is no failure":      {&streaming.ExitError{Code: 7}, http.StatusOK},
+		"a client that leaves":            {fmt.Errorf("reading: %w", streaming.ErrClientGone), session.StatusClientGone},
+		"a client that answers no more":   {streaming.ErrPeerTimeout, session.StatusClientGone},
+		"a client that breaks the rules":  {streaming.ErrProtocol, http.StatusBadRequest},
+		"a driver's error has its status": {driver.Errorf(driver.NotRunning, "x"), http.StatusConflict},
+		"a status is its own":             {session.ErrDraining, http.StatusServiceUnavailable},
+		"others are left to the Manager":  {errors.New("x"), 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := SessionCode(tt.err); got != tt.want {
+				t.Errorf("got %d, want %d", got, tt.want)
 			}
 		})
 	}
