@@ -161,7 +161,7 @@ func (c *client) completeNamespaces(cmd *cobra.Command, _ []string, toComplete s
 // TARGET/INSTANCE or target/NAME.
 func (c *client) completeTargets(arguments int) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
-		if len(args) >= arguments || cmd.ArgsLenAtDash() >= 0 {
+		if len(args) >= arguments {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
 		return c.completeRef(cmd.Context(), toComplete)

@@ -167,7 +167,6 @@ type spdyTransport struct {
 	err    error
 
 	closeOnce sync.Once
-	closeErr  error
 }
 
 var _ net.Conn = (*spdyTransport)(nil)
@@ -286,12 +285,15 @@ func (t *spdyTransport) forget(id uint32) {
 
 func (t *spdyTransport) Write(p []byte) (int, error) { return t.conn.Write(p) }
 
+// Close never fails: that a connection which is over couldn't be closed in good
+// order helps nobody, and the SPDY library would wait for somebody to hear of
+// it.
 func (t *spdyTransport) Close() error {
 	t.closeOnce.Do(func() {
-		t.closeErr = t.conn.Close()
+		_ = t.conn.Close()
 		t.idle.Stop()
 	})
-	return t.closeErr
+	return nil
 }
 
 // The SPDY library never asks for what follows; the upgraded body of a response
