@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,6 +24,7 @@ import (
 	"aaserver.io/aaserver/apis/generated/clientset/versioned/scheme"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
+	"k8s.io/utils/ptr"
 )
 
 var targetsResource = v1.SchemeGroupVersion.WithResource("targets")
@@ -99,7 +101,7 @@ func (api *fakeAPI) react(action clienttesting.Action) (bool, runtime.Object, er
 			return true, nil, err
 		}
 		patched := obj.(*v1.Target)
-		if patched.DeletionTimestamp != nil && len(patched.Finalizers) == 0 {
+		if patched.DeletionTimestamp != nil && len(patched.Finalizers) == 0 && *patched.DeletionGracePeriodSeconds == 0 {
 			return true, patched, api.Tracker().Delete(targetsResource, action.Namespace, action.Name)
 		}
 		return api.save(patched, api.update)
@@ -111,9 +113,19 @@ func (api *fakeAPI) react(action clienttesting.Action) (bool, runtime.Object, er
 		if len(current.Finalizers) == 0 {
 			return true, nil, api.Tracker().Delete(targetsResource, action.Namespace, action.Name)
 		}
-		current.DeletionTimestamp = &metav1.Time{Time: time.Unix(1000, 0)}
-		current.DeletionGracePeriodSeconds = new(int64) // as the generic store does
-		current.Generation++
+		// As the generic store does for our strategy: the spec's grace period
+		// unless another is asked for, and only ever a shorter one.
+		grace := action.DeleteOptions.GracePeriodSeconds
+		if grace == nil {
+			grace = cmp.Or(current.Spec.TerminationGracePeriodSeconds, ptr.To(v1.DefaultTerminationGracePeriodSeconds))
+		}
+		if current.DeletionTimestamp == nil {
+			current.DeletionTimestamp = &metav1.Time{Time: time.Unix(1000, 0)}
+			current.Generation++
+		} else if *grace >= *current.DeletionGracePeriodSeconds {
+			return true, current, nil
+		}
+		current.DeletionGracePeriodSeconds = grace
 		return api.save(current, api.update)
 	}
 	return false, nil, nil
@@ -188,6 +200,14 @@ func (api *fakeAPI) change(name string, change func(*v1.TargetSpec)) {
 func (api *fakeAPI) delete(name string) {
 	api.t.Helper()
 	if err := api.StreamingV1().Targets("shop").Delete(context.Background(), name, metav1.DeleteOptions{}); err != nil {
+		api.t.Fatal(err)
+	}
+}
+
+// deleteWithin is a deletion that gives instances so many seconds.
+func (api *fakeAPI) deleteWithin(name string, seconds int64) {
+	api.t.Helper()
+	if err := api.StreamingV1().Targets("shop").Delete(context.Background(), name, metav1.DeleteOptions{GracePeriodSeconds: &seconds}); err != nil {
 		api.t.Fatal(err)
 	}
 }

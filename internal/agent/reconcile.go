@@ -513,6 +513,18 @@ func (r *reconciler) finalize(ctx context.Context, h *hosted) error {
 	if at < 0 {
 		return nil
 	}
+	targets := r.client.Targets(h.key.Namespace)
+	// An object whose grace period isn't over stays when its last finalizer
+	// goes. First, then: with the finalizer off there would be nobody to do it.
+	if grace := h.target.DeletionGracePeriodSeconds; grace != nil && *grace > 0 {
+		err := targets.Delete(ctx, h.key.Name, metav1.DeleteOptions{
+			GracePeriodSeconds: new(int64),
+			Preconditions:      &metav1.Preconditions{UID: &h.uid},
+		})
+		if err != nil && !apierrors.IsNotFound(err) {
+			return fmt.Errorf("ending the grace period: %w", err)
+		}
+	}
 	// Not an Update: it would drop the fields that a newer server knows and
 	// this agent doesn't. The tests see to it that nothing else is hit.
 	path := "/metadata/finalizers/" + strconv.Itoa(at)
@@ -524,7 +536,7 @@ func (r *reconciler) finalize(ctx context.Context, h *hosted) error {
 	if err != nil {
 		return err
 	}
-	target, err := r.client.Targets(h.key.Namespace).Patch(ctx, h.key.Name, types.JSONPatchType, patch, metav1.PatchOptions{FieldManager: fieldManager})
+	target, err := targets.Patch(ctx, h.key.Name, types.JSONPatchType, patch, metav1.PatchOptions{FieldManager: fieldManager})
 	switch {
 	case apierrors.IsNotFound(err):
 		return nil
@@ -561,16 +573,13 @@ func (h *hosted) owner(i *instance) portOwner {
 // gracePeriod is how long an instance may take to end.
 func (h *hosted) gracePeriod() time.Duration {
 	seconds := v1.DefaultTerminationGracePeriodSeconds
-	if h.target == nil {
-		return time.Duration(seconds) * time.Second
-	}
-	if spec := h.target.Spec.TerminationGracePeriodSeconds; spec != nil {
-		seconds = *spec
-	}
-	// 0 says nothing: the generic store puts it there whenever it waits for
-	// finalizers, whatever was asked for.
-	if deletion := h.target.DeletionGracePeriodSeconds; deletion != nil && *deletion > 0 {
-		seconds = min(seconds, *deletion)
+	switch {
+	case h.target == nil:
+	case h.target.DeletionGracePeriodSeconds != nil:
+		// The spec's, unless whoever deletes the target asked for another.
+		seconds = *h.target.DeletionGracePeriodSeconds
+	case h.target.Spec.TerminationGracePeriodSeconds != nil:
+		seconds = *h.target.Spec.TerminationGracePeriodSeconds
 	}
 	return time.Duration(seconds) * time.Second
 }

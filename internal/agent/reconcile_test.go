@@ -908,7 +908,7 @@ func TestDeletion(t *testing.T) {
 			b.settle("web")
 			b.clock.Step(time.Second)
 			b.settle("web")
-			b.api.change("web", func(s *v1.TargetSpec) { s.TerminationGracePeriodSeconds = ptr.To[int64](2) })
+			b.api.deleteWithin("web", 2)
 			b.settle("web")
 			b.want("events", b.host.take(), []string{"start web-0", "stop web-0 within 30s", "stop web-0 within 2s"})
 		},
@@ -971,12 +971,12 @@ func TestGracePeriod(t *testing.T) {
 		spec, deletion *int64
 		want           time.Duration
 	}{
-		"is the spec's":                                       {spec: ptr.To[int64](5), want: 5 * time.Second},
-		"is the default without one":                          {want: 30 * time.Second},
-		"may be none":                                         {spec: ptr.To[int64](0), want: 0},
-		"is the deletion's if that is shorter":                {spec: ptr.To[int64](5), deletion: ptr.To[int64](1), want: time.Second},
-		"isn't the deletion's if that is longer":              {spec: ptr.To[int64](5), deletion: ptr.To[int64](9), want: 5 * time.Second},
-		"isn't the 0 that the store writes on every deletion": {spec: ptr.To[int64](5), deletion: ptr.To[int64](0), want: 5 * time.Second},
+		"is the spec's":                         {spec: ptr.To[int64](5), want: 5 * time.Second},
+		"is the default without one":            {want: 30 * time.Second},
+		"may be none":                           {spec: ptr.To[int64](0), want: 0},
+		"is the deletion's if that is shorter":  {spec: ptr.To[int64](5), deletion: ptr.To[int64](1), want: time.Second},
+		"is the deletion's if that is longer":   {spec: ptr.To[int64](5), deletion: ptr.To[int64](9), want: 9 * time.Second},
+		"is none if the deletion asks for that": {spec: ptr.To[int64](5), deletion: ptr.To[int64](0), want: 0},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {

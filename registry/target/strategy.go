@@ -29,8 +29,9 @@ type strategy struct {
 var (
 	_ rest.RESTCreateStrategy  = strategy{}
 	_ rest.RESTUpdateStrategy  = strategy{}
-	_ rest.RESTDeleteStrategy  = strategy{}
 	_ rest.ResetFieldsStrategy = strategy{}
+
+	_ rest.RESTGracefulDeleteStrategy = strategy{}
 )
 
 func newStrategy(typer runtime.ObjectTyper, opts Options) strategy {
@@ -94,6 +95,20 @@ func (strategy) ValidateUpdate(_ context.Context, obj, old runtime.Object) field
 
 func (strategy) WarningsOnUpdate(context.Context, runtime.Object, runtime.Object) []string {
 	return nil
+}
+
+// CheckGracefulDelete implements rest.RESTGracefulDeleteStrategy: the instances
+// of a hosted target get the grace period of its spec, unless the request says
+// otherwise. Their agent reads it from the target.
+func (strategy) CheckGracefulDelete(_ context.Context, obj runtime.Object, options *metav1.DeleteOptions) bool {
+	target := obj.(*api.Target)
+	if !hosted(target) || !slices.Contains(target.Finalizers, v1.FinalizerInstances) {
+		return false
+	}
+	if options.GracePeriodSeconds == nil {
+		options.GracePeriodSeconds = target.Spec.TerminationGracePeriodSeconds
+	}
+	return options.GracePeriodSeconds != nil
 }
 
 // GetResetFields implements rest.ResetFieldsStrategy: nobody comes to own the
