@@ -146,6 +146,9 @@ func (r *run) exec(ctx context.Context, title string, command *shim.Command, std
 		}
 		output.Go(func() {
 			copyOutput(f, 64<<10, func(data []byte, _ bool) (int, error) {
+				if len(data) == 0 {
+					return 0, nil
+				}
 				n, err := w.Write(data)
 				if err != nil {
 					once.Do(func() { writeErr = err })
