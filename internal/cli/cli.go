@@ -276,7 +276,7 @@ func parseRef(arg, instance string) (ref, error) {
 		case targetTypes[strings.ToLower(parts[0])]:
 			parts = parts[1:]
 		case !strings.HasPrefix(parts[1], parts[0]+"-") && parts[1] != "":
-			return ref{}, fmt.Errorf("%q is neither target/NAME nor TARGET/INSTANCE: the instances of target %q are called %[2]s-...", arg, parts[0])
+			return ref{}, fmt.Errorf("%q is neither target/NAME nor TARGET/INSTANCE: the names of the instances of target %q begin with \"%[2]s-\"", arg, parts[0])
 		}
 	}
 	for _, part := range parts {

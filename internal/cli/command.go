@@ -10,13 +10,15 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
-	"k8s.io/apimachinery/pkg/util/httpstream"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/client-go/transport/spdy"
 	"k8s.io/klog/v2"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 	"k8s.io/kubectl/pkg/util/interrupt"
 	"k8s.io/kubectl/pkg/util/term"
+	"k8s.io/streaming/pkg/httpstream"
+	streamspdy "k8s.io/streaming/pkg/httpstream/spdy"
 )
 
 // stdio is the user's side of exec and attach.
@@ -86,14 +88,8 @@ func (c *connection) stream(ctx context.Context, t term.TTY, target string, u *u
 	if err != nil {
 		return err
 	}
-	if !klog.V(1).Enabled() {
-		// client-go logs as errors what happens at the end of every other
-		// session, that the command didn't read all of its stdin for example.
-		// What matters it returns.
-		ctx = klog.NewContext(ctx, klog.Logger{})
-	}
 	return t.Safe(func() error {
-		err := executor.StreamWithContext(ctx, options)
+		err := executor.StreamWithContext(quiet(ctx), options)
 		if err != nil && dialled.err != nil {
 			err = dialled.err
 		}
@@ -101,15 +97,34 @@ func (c *connection) stream(ctx context.Context, t term.TTY, target string, u *u
 	})
 }
 
+// quiet keeps client-go from logging, unless -v asks for it. It logs as errors
+// what happens in every other session, that the command didn't read all of its
+// stdin for example. What matters it returns.
+func quiet(ctx context.Context) context.Context {
+	if klog.V(1).Enabled() {
+		return ctx
+	}
+	return klog.NewContext(ctx, klog.Logger{})
+}
+
 // executor speaks WebSocket, or SPDY where that doesn't get through.
 // KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false leaves SPDY alone, as for kubectl.
 func (c *connection) executor(u *url.URL, target string) (remotecommand.Executor, *dialResult, error) {
-	transport, upgrader, err := spdy.RoundTripperFor(c.config)
+	tlsConfig, proxy, err := c.upgradeConfig()
+	if err != nil {
+		return nil, nil, err
+	}
+	upgrader, err := streamspdy.NewRoundTripperWithConfig(streamspdy.RoundTripperConfig{TLS: tlsConfig, Proxier: proxy, PingPeriod: pingPeriod})
+	if err != nil {
+		return nil, nil, err
+	}
+	transport, err := rest.HTTPWrappersForConfig(c.config, upgrader)
 	if err != nil {
 		return nil, nil, err
 	}
 	dialled := &dialResult{RoundTripper: transport}
-	executor, err := remotecommand.NewSPDYExecutorForTransports(dialled, refusingUpgrader{upgrader, target}, http.MethodPost, u)
+	executor, err := remotecommand.NewSPDYExecutorForTransports(dialled,
+		spdy.NewUpgraderForStreaming(refusingUpgrader{upgrader, target}), http.MethodPost, u)
 	if err != nil || cmdutil.RemoteCommandWebsockets.IsDisabled() {
 		return executor, dialled, err
 	}
@@ -136,7 +151,7 @@ func (d *dialResult) RoundTrip(req *http.Request) (resp *http.Response, err erro
 // refusingUpgrader keeps the server's Status, of which client-go's own upgrader
 // leaves the message alone.
 type refusingUpgrader struct {
-	spdy.Upgrader
+	httpstream.UpgradeRoundTripper
 	target string
 }
 
@@ -144,7 +159,7 @@ func (u refusingUpgrader) NewConnection(resp *http.Response) (httpstream.Connect
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		return nil, responseError(resp, u.target)
 	}
-	return u.Upgrader.NewConnection(resp)
+	return u.UpgradeRoundTripper.NewConnection(resp)
 }
 
 // errDetached is the cause with which a session ends that the user detached

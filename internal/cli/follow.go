@@ -50,6 +50,7 @@ type follower struct {
 	retryDelay time.Duration
 
 	ctx     context.Context
+	cancel  context.CancelCauseFunc
 	streams sync.WaitGroup
 
 	// mu protects targets and what they hold.
@@ -97,18 +98,22 @@ func followSelected(ctx context.Context, c *client, conn *connection, out *merge
 }
 
 func newFollower(ctx context.Context, conn *connection, out *merger, errOut io.Writer, query *v1.TargetLogOptions) *follower {
+	ctx, cancel := context.WithCancelCause(ctx)
 	return &follower{
+		ctx:        ctx,
+		cancel:     cancel,
 		conn:       conn,
 		out:        out,
 		query:      query,
 		errOut:     errOut,
 		retryDelay: time.Second,
-		ctx:        ctx,
 		targets:    map[types.UID]*followedTarget{},
 	}
 }
 
+// run follows until the context ends, or the output can't be written any more.
 func (f *follower) run(selector string) error {
+	defer f.cancel(nil)
 	informer := informers.NewFilteredTargetInformer(f.conn.clientset, f.conn.namespace, 0, cache.Indexers{},
 		func(options *metav1.ListOptions) { options.LabelSelector = selector })
 	told := ""
@@ -144,7 +149,7 @@ func (f *follower) run(selector string) error {
 	}); err != nil {
 		return err
 	}
-	informer.RunWithContext(f.ctx)
+	informer.RunWithContext(quiet(f.ctx))
 	// No handler may add a stream while we wait.
 	f.mu.Lock()
 	for uid, t := range f.targets {
@@ -153,7 +158,7 @@ func (f *follower) run(selector string) error {
 	}
 	f.mu.Unlock()
 	f.streams.Wait()
-	return f.ctx.Err()
+	return context.Cause(f.ctx)
 }
 
 // update starts the streams that a new state of a target calls for.
@@ -292,11 +297,19 @@ func (f *follower) follow(t *followedTarget, target, name string, instance *foll
 			instance.opened = true
 			return f.out.copy(body, f.print(t, name, instance))
 		})
-		var broke *brokenLog
+		var output *outputError
 		switch {
-		case err == nil || t.ctx.Err() != nil || apierrors.IsNotFound(err):
+		case err == nil || t.ctx.Err() != nil:
 			return
-		case errors.As(err, &broke) || transient(err):
+		case errors.As(err, &output):
+			f.cancel(output)
+			return
+		case apierrors.IsNotFound(err) && !f.query.Previous:
+			// The status may be ahead of the log, or behind it.
+			if !f.lists(t, name) {
+				return
+			}
+		case transient(err):
 			if instance.last != before {
 				delay, broken = f.retryDelay, false
 			}
@@ -320,8 +333,15 @@ func (f *follower) follow(t *followedTarget, target, name string, instance *foll
 	}
 }
 
-// transient says whether trying again may help: the server wasn't reached, or
-// isn't up to it now.
+// lists says whether an instance is in the status of its target.
+func (f *follower) lists(t *followedTarget, name string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return t.target != nil && slices.ContainsFunc(t.target.Status.Instances, func(i v1.InstanceStatus) bool { return i.Name == name })
+}
+
+// transient says whether trying again may help: the server wasn't reached,
+// isn't up to it now, or the log broke off.
 func transient(err error) bool {
 	var status *apierrors.StatusError
 	if !errors.As(err, &status) {

@@ -23,6 +23,23 @@ type merger struct {
 	mu sync.Mutex
 }
 
+// outputError is an error of the writer: no stream can go on.
+type outputError struct{ err error }
+
+func (e *outputError) Error() string { return e.err.Error() }
+func (e *outputError) Unwrap() error { return e.err }
+
+// outputWriter marks the errors of the writer, to tell them from the reader's.
+type outputWriter struct{ w io.Writer }
+
+func (o outputWriter) Write(p []byte) (int, error) {
+	n, err := o.w.Write(p)
+	if err != nil {
+		err = &outputError{err}
+	}
+	return n, err
+}
+
 // edit decides what becomes of a line: what to write before it, and what to
 // leave out of its beginning. It sees the whole line or, of one longer than
 // lineBuffer, the beginning.

@@ -189,14 +189,14 @@ func (o *logsOptions) run(ctx context.Context, c *client) error {
 	if err != nil {
 		return err
 	}
-	out := &merger{w: c.Out, color: printers.AllowsColorOutput(c.Out)}
+	out := &merger{w: outputWriter{c.Out}, color: printers.AllowsColorOutput(c.Out)}
 	switch {
 	case o.selector == "":
 		return conn.copyLog(ctx, o.target, query, func(body io.Reader) error {
 			if out.color && o.prefix {
 				return out.copy(body, out.repaint)
 			}
-			_, err := io.Copy(c.Out, body)
+			_, err := io.Copy(out.w, body)
 			return err
 		})
 	case o.follow:
@@ -213,10 +213,12 @@ func (c *connection) copyLog(ctx context.Context, target string, query *v1.Targe
 		return err
 	}
 	defer body.Close()
-	if err := consume(body); err != nil {
+	err = consume(body)
+	var output *outputError
+	if err != nil && !errors.As(err, &output) {
 		return &brokenLog{err}
 	}
-	return nil
+	return err
 }
 
 // brokenLog is the error of a log that had been opened.

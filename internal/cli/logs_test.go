@@ -17,6 +17,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/cli-runtime/pkg/genericiooptions"
 	"k8s.io/utils/ptr"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
@@ -135,7 +136,7 @@ func TestUsageErrors(t *testing.T) {
 			want: "error: --all-instances excludes the name of an instance\n"},
 		"another resource": {
 			args: []string{"logs", "pod/web"},
-			want: `error: "pod/web" is neither target/NAME nor TARGET/INSTANCE: the instances of target "pod" are called pod-...` + logsHelp},
+			want: `error: "pod/web" is neither target/NAME nor TARGET/INSTANCE: the names of the instances of target "pod" begin with "pod-"` + logsHelp},
 		"two instances": {
 			args: []string{"exec", "web/web-0", "--instance=web-1", "--", "ls"},
 			want: `error: "web/web-0" and --instance=web-1 name two instances` + execHelp},
@@ -626,4 +627,58 @@ func (l *logOf) openings() []v1.TargetLogOptions {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return append([]v1.TargetLogOptions(nil), l.opened...)
+}
+
+type fullDisk struct{}
+
+func (fullDisk) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
+
+func TestOutputThatCannotBeWrittenEndsTheCommand(t *testing.T) {
+	noLeaks(t)
+	server := newTestServer(t, instances(process("web"), map[string]int{"web-0": 0, "web-1": 0}))
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	logs.of("web-0").write(at(1, "a"))
+	logs.of("").write(at(1, "a"))
+	for name, args := range map[string][]string{
+		"of one target":   {"web", "-f"},
+		"of all targets":  {"-f", "-l", "app=shop", "--all-instances"},
+		"with a selector": {"-l", "app=shop", "--limit-bytes=1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if name == "with a selector" {
+				logs.of("").change(func(l *logOf) { l.ended = true })
+				defer logs.of("").change(func(l *logOf) { l.ended = false })
+			}
+			cmd := startWith(t, genericiooptions.IOStreams{Out: fullDisk{}}, append([]string{"--kubeconfig", server.kubeconfig(), "logs"}, args...)...)
+			if code := cmd.wait(); code != 1 {
+				t.Errorf("exit code %d, want 1", code)
+			}
+			if diff := cmp.Diff("error: no space left on device\n", cmd.errOut.String()); diff != "" {
+				t.Errorf("stderr (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestFollowWaitsForALogThatTheStatusIsAheadOf(t *testing.T) {
+	noLeaks(t)
+	server := newTestServer(t, instances(process("web"), map[string]int{"web-0": 0}))
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	logs.of("web-0").write(at(1, "a"))
+	asked := make(chan struct{}, 100)
+	server.log = func(w http.ResponseWriter, r *http.Request, target string) {
+		asked <- struct{}{}
+		if len(asked) == 1 {
+			writeError(w, apierrors.NewNotFound(v1.Resource("targets"), "web-0"))
+			return
+		}
+		logs.serve(w, r, target)
+	}
+	cmd := server.start(nil, "logs", "-f", "-l", "app=shop")
+	until(t, "the line", func() bool { return cmd.out.String() == "a\n" })
+	cmd.cancel(terminated{syscall.SIGINT})
+	if code := cmd.wait(); code != 130 {
+		t.Errorf("exit code %d, want 130", code)
+	}
 }

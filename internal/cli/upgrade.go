@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -71,6 +72,19 @@ func (c *connection) dialPortForward(ctx context.Context, target string, u *url.
 	return &portForwardConnection{conn, transport}, nil
 }
 
+// upgradeConfig returns what a transport of our own needs of the configuration.
+func (c *connection) upgradeConfig() (*tls.Config, func(*http.Request) (*url.URL, error), error) {
+	tlsConfig, err := rest.TLSConfigFor(c.config)
+	if err != nil {
+		return nil, nil, err
+	}
+	proxy := c.config.Proxy
+	if proxy == nil {
+		proxy = utilnet.NewProxierWithNoProxyCIDR(http.ProxyFromEnvironment)
+	}
+	return tlsConfig, proxy, nil
+}
+
 // dialTunnel carries SPDY in the messages of a WebSocket.
 func (c *connection) dialTunnel(ctx context.Context, u *url.URL) (*spdyTransport, error) {
 	roundTripper, holder, err := websocket.RoundTripperFor(c.config)
@@ -99,13 +113,9 @@ func (c *connection) dialTunnel(ctx context.Context, u *url.URL) (*spdyTransport
 // dialSPDY upgrades a plain HTTP/1.1 connection. net/http does the upgrade
 // itself, so that proxies and a cancelled context work as for any request.
 func (c *connection) dialSPDY(ctx context.Context, target string, u *url.URL) (*spdyTransport, error) {
-	tlsConfig, err := rest.TLSConfigFor(c.config)
+	tlsConfig, proxy, err := c.upgradeConfig()
 	if err != nil {
 		return nil, err
-	}
-	proxy := c.config.Proxy
-	if proxy == nil {
-		proxy = utilnet.NewProxierWithNoProxyCIDR(http.ProxyFromEnvironment)
 	}
 	base := &http.Transport{
 		Proxy:           proxy,
