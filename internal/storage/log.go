@@ -46,6 +46,9 @@ func (klogHook) Fire(e *logrus.Entry) error {
 		// An error that the client gets: it knows what to make of it, an
 		// expired revision for example.
 		klog.V(2).InfoS("Storage request failed", "err", msg)
+	case strings.HasSuffix(msg, context.Canceled.Error()), strings.HasSuffix(msg, "sql: database is closed"):
+		// What was under way when the backend was closed.
+		klog.V(4).Info("Storage: " + msg)
 	case e.Level <= logrus.ErrorLevel:
 		klog.ErrorS(nil, "Storage: "+msg)
 	case e.Level == logrus.WarnLevel:
