@@ -124,11 +124,19 @@ type EnvVar struct {
 	Value string
 }
 
+// Protocol is the transport protocol of a port.
+type Protocol string
+
+const (
+	ProtocolTCP Protocol = "TCP"
+	ProtocolUDP Protocol = "UDP"
+)
+
 // TargetPort is a port that may be forwarded.
 type TargetPort struct {
 	Name     string
 	Port     int32
-	Protocol corev1.Protocol
+	Protocol Protocol
 	HostPort int32
 }
 

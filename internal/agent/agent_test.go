@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
@@ -284,7 +283,7 @@ func TestPortInUse(t *testing.T) {
 				case *net.UDPAddr:
 					number = addr.Port
 				}
-				port := hostPort{number: int32(number), protocol: protocolOf(v1.TargetPort{Protocol: corev1.Protocol(protocol)})}
+				port := hostPort{number: int32(number), protocol: protocolOf(v1.TargetPort{Protocol: v1.Protocol(protocol)})}
 				if !portInUse(port) {
 					t.Errorf("port %s seems free while it is listened on", port)
 				}

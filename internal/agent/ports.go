@@ -9,7 +9,6 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
-	corev1 "k8s.io/api/core/v1"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
@@ -19,7 +18,7 @@ import (
 // hostPort is a port of the agent's host.
 type hostPort struct {
 	number   int32
-	protocol corev1.Protocol
+	protocol v1.Protocol
 }
 
 func (p hostPort) String() string {
@@ -151,9 +150,9 @@ func previous(had []v1.InstancePort, name string) int32 {
 	return 0
 }
 
-func protocolOf(port v1.TargetPort) corev1.Protocol {
+func protocolOf(port v1.TargetPort) v1.Protocol {
 	if port.Protocol == "" {
-		return corev1.ProtocolTCP
+		return v1.ProtocolTCP
 	}
 	return port.Protocol
 }
@@ -166,7 +165,7 @@ func portInUse(port hostPort) bool {
 	for _, host := range []string{"127.0.0.1", ""} {
 		address := net.JoinHostPort(host, strconv.Itoa(int(port.number)))
 		var err error
-		if port.protocol == corev1.ProtocolUDP {
+		if port.protocol == v1.ProtocolUDP {
 			var conn net.PacketConn
 			if conn, err = net.ListenPacket("udp", address); err == nil {
 				err = conn.Close()

@@ -175,7 +175,7 @@ func namedPort(target *v1.Target, name string) (uint16, error) {
 	var known []string
 	for _, port := range target.Spec.Ports {
 		if port.Name == name {
-			if port.Protocol == corev1.ProtocolUDP {
+			if port.Protocol == v1.ProtocolUDP {
 				return 0, fmt.Errorf("port %q of target %q is a UDP port: only TCP can be forwarded", name, target.Name)
 			}
 			return uint16(port.Port), nil

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 
-	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -72,7 +71,7 @@ func demoTargets(self string) []*v1.Target {
 		demo("web", v1.TargetSpec{
 			Replicas: ptr.To[int32](2),
 			Process:  &v1.ProcessSource{Args: []string{"--listen=127.0.0.1:$(" + v1.PortEnvName("http") + ")"}},
-			Ports:    []v1.TargetPort{{Name: "http", Port: 8080, Protocol: corev1.ProtocolTCP}},
+			Ports:    []v1.TargetPort{{Name: "http", Port: 8080, Protocol: v1.ProtocolTCP}},
 		}),
 		demo("ticker", v1.TargetSpec{
 			Process: &v1.ProcessSource{},

@@ -14,7 +14,6 @@ import (
 	authorizationv1 "k8s.io/api/authorization/v1"
 	openapinamer "k8s.io/apiserver/pkg/endpoints/openapi"
 	genericapiserver "k8s.io/apiserver/pkg/server"
-	"k8s.io/apiserver/pkg/util/compatibility"
 	"k8s.io/component-base/metrics/legacyregistry"
 
 	"aaserver.io/aaserver/apis/generated/openapi"
@@ -53,7 +52,7 @@ func NewConfig() *Config {
 	generic.OpenAPIV3Config = genericapiserver.DefaultOpenAPIV3Config(openapi.GetOpenAPIDefinitions, namer)
 	generic.OpenAPIV3Config.Info.Title = "aaserver"
 	generic.OpenAPIV3Config.Info.Version = version.Get().Version
-	generic.EffectiveVersion = compatibility.DefaultBuildEffectiveVersion()
+	generic.EffectiveVersion = newEffectiveVersion()
 	generic.LongRunningFunc = longRunning
 	generic.BuildHandlerChainFunc = buildHandlerChain
 	return &Config{Generic: generic}

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apiserver/pkg/registry/rest"
@@ -95,14 +94,14 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 // opens, because over SPDY the ports come after the upgrade.
 func (c *connector) allowPort(target *v1.Target, port uint16) error {
 	tcp := func(p v1.TargetPort) bool {
-		return p.Port == int32(port) && p.Protocol == corev1.ProtocolTCP
+		return p.Port == int32(port) && p.Protocol == v1.ProtocolTCP
 	}
 	if c.opts.OpenPorts || slices.ContainsFunc(target.Spec.Ports, tcp) {
 		return nil
 	}
 	var open []string
 	for _, p := range target.Spec.Ports {
-		if p.Protocol == corev1.ProtocolTCP {
+		if p.Protocol == v1.ProtocolTCP {
 			open = append(open, fmt.Sprintf("%s (%d)", p.Name, p.Port))
 		}
 	}

@@ -6,7 +6,6 @@ import (
 	"strings"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -93,7 +92,7 @@ func portList(ports []api.TargetPort) string {
 	var list []string
 	for _, p := range ports {
 		s := fmt.Sprintf("%s:%d", p.Name, p.Port)
-		if p.Protocol != corev1.ProtocolTCP {
+		if p.Protocol != api.ProtocolTCP {
 			s += "/" + string(p.Protocol)
 		}
 		list = append(list, s)

@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
 
@@ -22,7 +21,7 @@ func TestTable(t *testing.T) {
 				Spec: api.TargetSpec{
 					ClassName: "standard", AgentName: "edge-17", Replicas: ptr.To[int32](3),
 					Process: &api.ProcessSource{},
-					Ports:   []api.TargetPort{{Name: "http", Port: 8080, Protocol: corev1.ProtocolTCP}, {Name: "dns", Port: 53, Protocol: corev1.ProtocolUDP}},
+					Ports:   []api.TargetPort{{Name: "http", Port: 8080, Protocol: api.ProtocolTCP}, {Name: "dns", Port: 53, Protocol: api.ProtocolUDP}},
 				},
 				Status: api.TargetStatus{
 					ReadyReplicas: 2,

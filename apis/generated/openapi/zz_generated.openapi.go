@@ -1538,10 +1538,10 @@ func schema_aaserver_apis_streaming_v1_TargetPort(ref common.ReferenceCallback) 
 					},
 					"protocol": {
 						SchemaProps: spec.SchemaProps{
-							Description: "protocol is TCP (the default) or UDP.\n\nPossible enum values:\n - `\"SCTP\"` is the SCTP protocol.\n - `\"TCP\"` is the TCP protocol.\n - `\"UDP\"` is the UDP protocol.",
+							Description: "protocol is TCP (the default) or UDP.\n\nPossible enum values:\n - `\"TCP\"` is TCP.\n - `\"UDP\"` is UDP.",
 							Type:        []string{"string"},
 							Format:      "",
-							Enum:        []interface{}{"SCTP", "TCP", "UDP"},
+							Enum:        []interface{}{"TCP", "UDP"},
 						},
 					},
 					"hostPort": {

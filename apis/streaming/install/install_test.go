@@ -5,7 +5,6 @@ import (
 	"testing"
 
 	autoscalingv1 "k8s.io/api/autoscaling/v1"
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/apitesting/fuzzer"
 	"k8s.io/apimachinery/pkg/api/apitesting/roundtrip"
 	metafuzzer "k8s.io/apimachinery/pkg/apis/meta/fuzzer"
@@ -39,7 +38,7 @@ func fuzzerFuncs(serializer.CodecFactory) []any {
 		},
 		func(port *api.TargetPort, c randfill.Continue) {
 			c.FillNoCustom(port)
-			port.Protocol = corev1.ProtocolUDP
+			port.Protocol = api.ProtocolUDP
 		},
 	}
 }

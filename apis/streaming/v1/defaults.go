@@ -1,7 +1,6 @@
 package v1
 
 import (
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/utils/ptr"
 )
@@ -36,7 +35,7 @@ func SetDefaults_TargetSpec(spec *TargetSpec) {
 // SetDefaults_TargetPort makes TCP the protocol.
 func SetDefaults_TargetPort(port *TargetPort) {
 	if port.Protocol == "" {
-		port.Protocol = corev1.ProtocolTCP
+		port.Protocol = ProtocolTCP
 	}
 }
 

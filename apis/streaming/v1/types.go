@@ -315,6 +315,17 @@ type EnvVar struct {
 	Value string `json:"value,omitempty"`
 }
 
+// Protocol is the transport protocol of a port.
+// +enum
+type Protocol string
+
+const (
+	// ProtocolTCP is TCP.
+	ProtocolTCP Protocol = "TCP"
+	// ProtocolUDP is UDP.
+	ProtocolUDP Protocol = "UDP"
+)
+
 // TargetPort is a port that may be forwarded.
 type TargetPort struct {
 	// name is the port's name, as an IANA service name: at most 15 lower case
@@ -328,7 +339,7 @@ type TargetPort struct {
 
 	// protocol is TCP (the default) or UDP.
 	// +optional
-	Protocol corev1.Protocol `json:"protocol,omitempty"`
+	Protocol Protocol `json:"protocol,omitempty"`
 
 	// hostPort fixes the port that a hosted instance listens on, 1 to 65535,
 	// with at most one replica. If not given, the agent chooses a free one for

@@ -3,7 +3,6 @@ package validation_test
 import (
 	"testing"
 
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/validate/content"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
@@ -77,7 +76,7 @@ func FuzzValidateTarget(f *testing.F) {
 			seen[name] = true
 		}
 		for _, port := range external.Spec.Ports {
-			if port.Port < 1 || port.Port > 65535 || port.Protocol != corev1.ProtocolTCP && port.Protocol != corev1.ProtocolUDP {
+			if port.Port < 1 || port.Port > 65535 || port.Protocol != v1.ProtocolTCP && port.Protocol != v1.ProtocolUDP {
 				t.Errorf("a valid target has a port %+v", port)
 			}
 		}

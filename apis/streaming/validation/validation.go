@@ -69,7 +69,7 @@ const (
 
 var (
 	restartPolicies = []api.RestartPolicy{api.RestartAlways, api.RestartOnFailure, api.RestartNever}
-	protocols       = []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP}
+	protocols       = []api.Protocol{api.ProtocolTCP, api.ProtocolUDP}
 	limitNames      = []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory}
 )
 
@@ -319,7 +319,7 @@ func validatePorts(ports []api.TargetPort, p *field.Path) field.ErrorList {
 
 // portAndProtocol is what has to be unique; "" for a port that is wrong
 // anyway.
-func portAndProtocol(port int32, protocol corev1.Protocol) string {
+func portAndProtocol(port int32, protocol api.Protocol) string {
 	if port == 0 {
 		return ""
 	}

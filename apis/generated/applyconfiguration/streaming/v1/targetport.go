@@ -19,7 +19,7 @@ limitations under the License.
 package v1
 
 import (
-	corev1 "k8s.io/api/core/v1"
+	streamingv1 "aaserver.io/aaserver/apis/streaming/v1"
 )
 
 // TargetPortApplyConfiguration represents a declarative configuration of the TargetPort type for use
@@ -35,7 +35,7 @@ type TargetPortApplyConfiguration struct {
 	// on the host port that AASERVER_PORT_<NAME> tells it.
 	Port *int32 `json:"port,omitempty"`
 	// protocol is TCP (the default) or UDP.
-	Protocol *corev1.Protocol `json:"protocol,omitempty"`
+	Protocol *streamingv1.Protocol `json:"protocol,omitempty"`
 	// hostPort fixes the port that a hosted instance listens on, 1 to 65535,
 	// with at most one replica. If not given, the agent chooses a free one for
 	// each instance.
@@ -67,7 +67,7 @@ func (b *TargetPortApplyConfiguration) WithPort(value int32) *TargetPortApplyCon
 // WithProtocol sets the Protocol field in the declarative configuration to the given value
 // and returns the receiver, so that objects can be built by chaining "With" function invocations.
 // If called multiple times, the Protocol field is set to the value of the last call.
-func (b *TargetPortApplyConfiguration) WithProtocol(value corev1.Protocol) *TargetPortApplyConfiguration {
+func (b *TargetPortApplyConfiguration) WithProtocol(value streamingv1.Protocol) *TargetPortApplyConfiguration {
 	b.Protocol = &value
 	return b
 }
