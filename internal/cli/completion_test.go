@@ -26,7 +26,7 @@ func TestCompletion(t *testing.T) {
 	web := process("web", func(target *v1.Target) {
 		target.Spec.Replicas = ptr.To[int32](2)
 		target.Spec.Ports = []v1.TargetPort{
-			{Name: "http", Port: 8080}, {Name: "admin", Port: 9090}, {Name: "dns", Port: 53, Protocol: corev1.ProtocolUDP},
+			{Name: "http", Port: 8080}, {Name: "admin", Port: 9090}, {Name: "dns", Port: 53, Protocol: v1.ProtocolUDP},
 		}
 		// One that is being removed still has a log.
 		target.Status.Instances = []v1.InstanceStatus{{Name: "web-0"}, {Name: "web-2"}}

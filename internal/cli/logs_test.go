@@ -682,3 +682,26 @@ func TestFollowWaitsForALogThatTheStatusIsAheadOf(t *testing.T) {
 		t.Errorf("exit code %d, want 130", code)
 	}
 }
+
+func TestFollowSelectedHasNoLimitOfTargets(t *testing.T) {
+	noLeaks(t)
+	// More than the streams of one HTTP/2 connection.
+	const targets = 300
+	server := newTestServer(t)
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	for i := range targets {
+		name := fmt.Sprint("t", i)
+		logs.of(name + "-0").write(at(1, "line"))
+		server.apply(instances(process(name), map[string]int{name + "-0": 0}))
+	}
+	cmd := server.start(nil, "logs", "-f", "-l", "app=shop", "--prefix")
+	until(t, "all lines", func() bool { return strings.Count(cmd.out.String(), "\n") == targets })
+	for i := range targets {
+		if want := fmt.Sprintf("[t%d-0] line\n", i); strings.Count(cmd.out.String(), want) != 1 {
+			t.Fatalf("want %q once in the output", want)
+		}
+	}
+	cmd.cancel(terminated{syscall.SIGINT})
+	cmd.wait()
+}

@@ -480,7 +480,8 @@ func (f *forwarder) handle(ctx context.Context, local *net.TCPConn, port uint16)
 		defer close(remoteDone)
 		n, err := io.Copy(local, data)
 		received = n
-		if err != nil || closed(reset) || closed(f.remote.CloseChan()) {
+		// The SPDY library shows all of this as the end of the stream.
+		if err != nil || ctx.Err() != nil || closed(reset) || closed(f.remote.CloseChan()) {
 			abort()
 			return
 		}

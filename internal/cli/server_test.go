@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -103,6 +104,8 @@ func newTestServer(t *testing.T, targets ...*v1.Target) *testServer {
 		}
 	}))
 	s.srv.EnableHTTP2 = true
+	// It logs each connection that a client opened and didn't need.
+	s.srv.Config.ErrorLog = log.New(io.Discard, "", 0)
 	s.srv.StartTLS()
 	t.Cleanup(s.srv.Close)
 	return s
