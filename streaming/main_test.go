@@ -210,7 +210,7 @@ func dialWebSocket(t testing.TB, address string, header http.Header, protocols .
 		t.Fatal(err)
 	}
 	u.Scheme = "ws"
-	dialer := websocket.Dialer{Subprotocols: protocols, HandshakeTimeout: testTimeout}
+	dialer := websocket.Dialer{Subprotocols: protocols, HandshakeTimeout: testTimeout, WriteBufferSize: 64 << 10}
 	c, resp, err := dialer.Dial(u.String(), header)
 	if c != nil {
 		t.Cleanup(func() { c.Close() })
