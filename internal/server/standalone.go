@@ -131,6 +131,11 @@ func (o *StandaloneOptions) Validate() error {
 	if o.StorageEndpoint != "" && o.etcd() {
 		errs = append(errs, errors.New("--storage-endpoint and --etcd-servers exclude each other: objects are stored in one place"))
 	}
+	if o.StorageEndpoint != "" {
+		if err := storage.ValidateEndpoint(o.StorageEndpoint); err != nil {
+			errs = append(errs, fmt.Errorf("--storage-endpoint: %w", err))
+		}
+	}
 	if o.SecureServing.BindPort < 0 || o.SecureServing.BindPort > 65535 {
 		errs = append(errs, fmt.Errorf("--secure-port %d must be between 0 and 65535", o.SecureServing.BindPort))
 	}
@@ -285,11 +290,18 @@ func (o *StandaloneOptions) startStorage(ctx context.Context, dir string) (*stor
 	if endpoint == "" {
 		database := filepath.Join(dir, "db")
 		if err := os.MkdirAll(database, 0o700); err != nil {
+			return nil, fmt.Errorf("the database's directory can't be made: %w", err)
+		}
+		var err error
+		if endpoint, err = storage.SQLiteEndpoint(filepath.Join(database, "state.db")); err != nil {
 			return nil, err
 		}
-		endpoint = "sqlite://" + filepath.Join(database, "state.db")
 	}
-	return storage.Start(ctx, storage.Options{Endpoint: endpoint})
+	return storage.Start(ctx, storage.Options{
+		Endpoint:  endpoint,
+		SocketDir: filepath.Join(dir, "run"),
+		Metrics:   legacyregistry.Registerer(),
+	})
 }
 
 // listen opens the port before anything is written for it.
