@@ -169,7 +169,8 @@ func (l *link) over() error {
 	return nil
 }
 
-// gone ends the session because reading has ended with err.
+// gone ends the session because reading has ended with err, and returns the
+// cause of its end.
 func (l *link) gone(err error) error {
 	switch {
 	case errors.Is(err, ErrProtocol), errors.Is(err, ErrClientGone):
@@ -179,7 +180,7 @@ func (l *link) gone(err error) error {
 		err = fmt.Errorf("%w: %w", ErrClientGone, err)
 	}
 	l.cancel(err)
-	return err
+	return context.Cause(l.ctx)
 }
 
 // beat starts to watch the peer: ping is called at every interval, unless the

@@ -33,7 +33,10 @@ func TestMain(m *testing.M) {
 		// What client-go leaves behind: a heartbeat that ends at its next
 		// beat, and goroutines of the first version that nobody waits for.
 		goleak.IgnoreAnyFunction(client+"(*heartbeat).start"),
-		goleak.IgnoreAnyFunction(client+"(*streamProtocolV1).stream.func2"))
+		goleak.IgnoreAnyFunction(client+"(*streamProtocolV1).stream.func2"),
+		// Its SPDY library, which waits a second for somebody to ask how
+		// closing went.
+		goleak.IgnoreAnyFunction("github.com/moby/spdystream.(*Connection).shutdown"))
 }
 
 // testTimeout is when a test that hangs fails.
