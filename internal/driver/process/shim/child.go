@@ -1,8 +1,6 @@
 package shim
 
 import (
-	"encoding/binary"
-	"fmt"
 	"os"
 	"sync"
 	"syscall"
@@ -55,18 +53,18 @@ func Start(title string, command *Command, stdin, stdout, stderr *os.File) (*Chi
 
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("socketpair: %w", err)
+		return nil, os.NewSyscallError("socketpair", err)
 	}
 	theirs := os.NewFile(uintptr(fds[1]), "control")
 	defer theirs.Close()
 	if err := syscall.SetNonblock(fds[0], true); err != nil {
 		syscall.Close(fds[0])
-		return nil, fmt.Errorf("control connection: %w", err)
+		return nil, os.NewSyscallError("control connection", err)
 	}
 	c := &Child{control: os.NewFile(uintptr(fds[0]), "control"), done: make(chan struct{})}
 	if err := c.spawn(title, stdin, stdout, stderr, theirs); err != nil {
 		c.control.Close()
-		return nil, fmt.Errorf("starting a shim: %w", err)
+		return nil, os.NewSyscallError("starting a shim", err)
 	}
 	theirs.Close()
 	if err := c.start(command); err != nil {
@@ -86,7 +84,7 @@ func (c *Child) spawn(title string, files ...*os.File) error {
 	shim, err := os.StartProcess("/proc/self/exe", []string{Name, title}, &os.ProcAttr{
 		Dir: "/",
 		// A shim does next to nothing, and need not be prepared for more.
-		Env:   []string{"GOMAXPROCS=1"},
+		Env:   []string{"GOMAXPROCS=2"},
 		Files: files,
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
@@ -110,17 +108,17 @@ func (c *Child) reap() {
 // start has the shim start the command.
 func (c *Child) start(command *Command) error {
 	if err := writeFrame(c.control, frameStart, command.encode()); err != nil {
-		return fmt.Errorf("shim: %w", err)
+		return os.NewSyscallError("shim", err)
 	}
 	kind, payload, err := readFrame(c.control)
 	switch {
 	case err != nil:
-		return fmt.Errorf("the shim ended before it started the command: %w", err)
+		return os.NewSyscallError("the shim ended before it started the command", err)
 	case kind == frameStarted && len(payload) == 4:
-		c.PID = int(binary.BigEndian.Uint32(payload))
+		c.PID = int(number(payload))
 		return nil
 	case kind == frameFailed && len(payload) == 4:
-		return &StartError{Errno: syscall.Errno(binary.BigEndian.Uint32(payload))}
+		return &StartError{Errno: syscall.Errno(number(payload))}
 	}
 	return errFrame
 }
@@ -136,8 +134,8 @@ func (c *Child) watch() {
 		}
 		if kind == frameEnded && len(payload) == 8 {
 			c.result = Result{
-				Status: syscall.WaitStatus(binary.BigEndian.Uint32(payload)),
-				Left:   int(binary.BigEndian.Uint32(payload[4:])),
+				Status: syscall.WaitStatus(number(payload)),
+				Left:   int(number(payload[4:])),
 			}
 		}
 	}

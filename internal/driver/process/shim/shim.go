@@ -14,14 +14,14 @@
 // It imports little of the standard library and nothing else. Packages are
 // initialised in the order of their import paths as soon as what they import
 // is, so this one comes before all that isn't needed here: the initialisation
-// of Kubernetes' packages would take longer than everything else.
+// of Kubernetes' packages would take longer than everything else. That is why
+// bytes, encoding/binary, fmt and os/signal are not imported: they, or what
+// they import, come late.
 package shim
 
 import (
-	"encoding/binary"
 	"errors"
 	"os"
-	"os/signal"
 	"strconv"
 	"syscall"
 	"time"
@@ -39,6 +39,9 @@ const (
 	prSetName           = 15
 	prSetChildSubreaper = 36
 	sigSetMask          = 2
+	sigDefault          = 0
+	sigIgnore           = 1
+	lastSignal          = 64
 )
 
 // The one init that does something: see the package comment.
@@ -61,17 +64,19 @@ func run() int {
 	if errno := prctl(prSetChildSubreaper, 1); errno != 0 {
 		return fail(errno)
 	}
-	// Signals are caught and dropped: what stops the agent, be it a ^C or a
-	// service manager that signals all of its processes, leaves it to the
-	// agent to end its commands in order. Caught signals, unlike ignored ones,
-	// are the default again in the command.
-	signal.Notify(make(chan os.Signal, 1))
 	// This thread is the one that forks: the main thread, which an init is
 	// locked to, and which lives as long as the process. PDEATHSIG depends on
 	// it, too.
 	var none uint64
 	syscall.RawSyscall6(syscall.SYS_RT_SIGPROCMASK, sigSetMask, uintptr(unsafe.Pointer(&none)), 0, 8, 0, 0)
 	syscall.Umask(0o022)
+	// What the agent ignores, because nohup started it for example, its
+	// commands don't.
+	for sig := range lastSignal {
+		if handler(sig+1) == sigIgnore {
+			setHandler(sig+1, sigDefault)
+		}
+	}
 
 	control := os.NewFile(controlFD, "control")
 	kind, payload, err := readFrame(control)
@@ -101,6 +106,15 @@ func run() int {
 		return fail(errno)
 	}
 	closeStdio()
+	// Whoever stops the agent, be it by a ^C or as a service manager that
+	// signals all of its processes, leaves it to the agent to end its commands
+	// in order.
+	for _, sig := range []syscall.Signal{
+		syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE,
+		syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM, syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU,
+	} {
+		setHandler(int(sig), sigIgnore)
+	}
 	// If this fails the agent has gone, which the reader below finds as well.
 	writeFrame(control, frameStarted, numbers(uint32(pid)))
 
@@ -113,7 +127,7 @@ func run() int {
 				close(kill)
 				return
 			case kind == frameSignal && len(payload) == 4:
-				sig := syscall.Signal(binary.BigEndian.Uint32(payload))
+				sig := syscall.Signal(number(payload))
 				if pidfd < 0 || signalFD(pidfd, sig) == syscall.ENOSYS {
 					syscall.Kill(pid, sig)
 				}
@@ -172,6 +186,19 @@ func run() int {
 func fail(errno syscall.Errno) int {
 	writeFrame(os.NewFile(controlFD, "control"), frameFailed, numbers(uint32(errno)))
 	return 1
+}
+
+// handler returns a signal's disposition; setHandler changes it. The kernel's
+// struct begins with the handler and is otherwise zero here.
+func handler(sig int) uintptr {
+	var action [8]uint64
+	syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(sig), 0, uintptr(unsafe.Pointer(&action)), 8, 0, 0)
+	return uintptr(action[0])
+}
+
+func setHandler(sig int, handler uintptr) {
+	action := [8]uint64{uint64(handler)}
+	syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0)
 }
 
 func prctl(option int, argument uintptr) syscall.Errno {

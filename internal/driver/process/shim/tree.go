@@ -1,7 +1,6 @@
 package shim
 
 import (
-	"bytes"
 	"os"
 	"strconv"
 	"syscall"
@@ -59,19 +58,32 @@ func look(pid int) (Process, bool) {
 	}
 	// The second field is the program's name in parentheses, which may hold
 	// anything, parentheses too.
-	name := bytes.LastIndexByte(buf[:n], ')')
-	if name < 0 {
-		return Process{}, false
-	}
-	fields := bytes.Fields(buf[name+1 : n])
-	if len(fields) < 20 {
-		return Process{}, false
+	rest := buf[:n]
+	for len(rest) > 0 && rest[len(rest)-1] != ')' {
+		rest = rest[:len(rest)-1]
 	}
 	p := Process{PID: pid}
-	p.Parent, _ = strconv.Atoi(string(fields[1]))
-	p.Session, _ = strconv.Atoi(string(fields[3]))
-	p.started, _ = strconv.ParseUint(string(fields[19]), 10, 64)
-	return p, true
+	field, value := 2, uint64(0)
+	for _, c := range append(buf[len(rest):n], ' ') {
+		if c >= '0' && c <= '9' {
+			value = 10*value + uint64(c-'0')
+			continue
+		}
+		if c != ' ' {
+			continue
+		}
+		switch field {
+		case 4:
+			p.Parent = int(value)
+		case 6:
+			p.Session = int(value)
+		case 22:
+			p.started = value
+			return p, true
+		}
+		field, value = field+1, 0
+	}
+	return Process{}, false
 }
 
 // signal sends a signal to the process, unless it has gone and its pid belongs

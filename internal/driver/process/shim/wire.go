@@ -1,7 +1,6 @@
 package shim
 
 import (
-	"encoding/binary"
 	"errors"
 	"io"
 	"syscall"
@@ -39,9 +38,7 @@ type Command struct {
 }
 
 func writeFrame(w io.Writer, kind byte, payload []byte) error {
-	frame := make([]byte, 5, 5+len(payload))
-	frame[0] = kind
-	binary.BigEndian.PutUint32(frame[1:], uint32(len(payload)))
+	frame := append([]byte{kind}, numbers(uint32(len(payload)))...)
 	_, err := w.Write(append(frame, payload...))
 	return err
 }
@@ -51,7 +48,7 @@ func readFrame(r io.Reader) (kind byte, payload []byte, err error) {
 	if _, err := io.ReadFull(r, header[:]); err != nil {
 		return 0, nil, err
 	}
-	n := binary.BigEndian.Uint32(header[1:])
+	n := number(header[1:])
 	if n > maxFrame {
 		return 0, nil, errFrame
 	}
@@ -65,20 +62,24 @@ var errFrame = errors.New("broken frame on the control connection")
 func numbers(values ...uint32) []byte {
 	var b []byte
 	for _, v := range values {
-		b = binary.BigEndian.AppendUint32(b, v)
+		b = append(b, byte(v>>24), byte(v>>16), byte(v>>8), byte(v))
 	}
 	return b
+}
+
+func number(b []byte) uint32 {
+	return uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
 }
 
 // encode writes the fields in order, each list after its length.
 func (c *Command) encode() []byte {
 	var b []byte
 	text := func(s string) {
-		b = binary.BigEndian.AppendUint32(b, uint32(len(s)))
+		b = append(b, numbers(uint32(len(s)))...)
 		b = append(b, s...)
 	}
 	list := func(l []string) {
-		b = binary.BigEndian.AppendUint32(b, uint32(len(l)))
+		b = append(b, numbers(uint32(len(l)))...)
 		for _, s := range l {
 			text(s)
 		}
@@ -99,17 +100,17 @@ func (c *Command) encode() []byte {
 }
 
 func decodeCommand(b []byte) (c Command, err error) {
-	number := func() uint32 {
+	next := func() uint32 {
 		if len(b) < 4 {
 			err = errFrame
 			return 0
 		}
-		n := binary.BigEndian.Uint32(b)
+		n := number(b)
 		b = b[4:]
 		return n
 	}
 	text := func() string {
-		n := number()
+		n := next()
 		if uint64(n) > uint64(len(b)) {
 			err = errFrame
 			return ""
@@ -120,17 +121,17 @@ func decodeCommand(b []byte) (c Command, err error) {
 	}
 	list := func() []string {
 		var l []string
-		for n := number(); n > 0 && err == nil; n-- {
+		for n := next(); n > 0 && err == nil; n-- {
 			l = append(l, text())
 		}
 		return l
 	}
 	c.Path, c.Args, c.Env, c.Dir = text(), list(), list(), text()
-	c.TTY = number() == 1
-	if number() == 1 {
-		c.Credential = &syscall.Credential{Uid: number(), Gid: number()}
+	c.TTY = next() == 1
+	if next() == 1 {
+		c.Credential = &syscall.Credential{Uid: next(), Gid: next()}
 		for len(b) > 0 && err == nil {
-			c.Credential.Groups = append(c.Credential.Groups, number())
+			c.Credential.Groups = append(c.Credential.Groups, next())
 		}
 	}
 	return c, err
