@@ -25,11 +25,11 @@ go tool openapi-gen --go-header-file "$header" --output-file zz_generated.openap
   --output-model-name-file zz_generated.model_name.go \
   --output-dir "$generated/openapi" --output-pkg "$module/$generated/openapi" \
   --report-filename /dev/null \
-  --readonly-pkg k8s.io/api/autoscaling/v1 --readonly-pkg k8s.io/api/core/v1 --readonly-pkg k8s.io/api/authorization/v1 \
+  --readonly-pkg k8s.io/api/autoscaling/v1 --readonly-pkg k8s.io/api/authorization/v1 \
   --readonly-pkg k8s.io/apimachinery/pkg/api/resource --readonly-pkg k8s.io/apimachinery/pkg/apis/meta/v1 \
   --readonly-pkg k8s.io/apimachinery/pkg/runtime --readonly-pkg k8s.io/apimachinery/pkg/version \
   ./apis/streaming/v1 \
-  k8s.io/api/authorization/v1 k8s.io/api/autoscaling/v1 k8s.io/api/core/v1 \
+  k8s.io/api/authorization/v1 k8s.io/api/autoscaling/v1 \
   k8s.io/apimachinery/pkg/api/resource k8s.io/apimachinery/pkg/apis/meta/v1 \
   k8s.io/apimachinery/pkg/runtime k8s.io/apimachinery/pkg/version
 

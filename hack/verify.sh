@@ -21,7 +21,7 @@ echo "go vet"
 go vet ./... || fail "go vet has complaints"
 
 echo "staticcheck"
-go tool staticcheck ./... || fail "staticcheck has complaints"
+go list ./... | grep -v /apis/generated/ | xargs go tool staticcheck || fail "staticcheck has complaints"
 
 # The generators write into the tree: they run in a copy, so that a stale file
 # is reported and not mended on the way.

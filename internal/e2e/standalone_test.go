@@ -137,7 +137,11 @@ spec:
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		cmd := s.command(ctx, binaries.kubectl, "edit", "target", "edited")
-		cmd.Env = append(cmd.Env, `KUBE_EDITOR=sed -i s/value:.a$/value:\x20edited/`)
+		editor := filepath.Join(t.TempDir(), "editor")
+		if err := os.WriteFile(editor, []byte("#!/bin/sh\nsed -i 's/value: a$/value: edited/' \"$1\"\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Env = append(cmd.Env, "KUBE_EDITOR="+editor)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
