@@ -71,7 +71,8 @@ type Stdio struct {
 	// so that a Run can wait for the goroutine that reads.
 	Stdin io.ReadCloser
 	// Stdout and Stderr block while the client is slow. They fail once it has
-	// gone; the context ends then, too. Stderr is nil with a terminal.
+	// gone, and the context ends then, too; once the context has ended, they
+	// don't block any more. Stderr is nil with a terminal.
 	Stdout, Stderr io.Writer
 	// Resize delivers the sizes of the client's terminal. It is closed when no
 	// more will come, and nil without a terminal.
@@ -163,7 +164,8 @@ type LogLine struct {
 	// Data is the line without its newline.
 	Data []byte
 	// Partial says that the line goes on in the next LogLine of the same
-	// stream.
+	// stream, or that it is the stream's last of a run and didn't end with a
+	// newline.
 	Partial bool
 }
 

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
 )
 
@@ -141,14 +142,7 @@ func TestNothingOutlivesAKilledShim(t *testing.T) {
 	target := newTarget(script(family(marker)))
 	other := newTarget(script("exec sleep 1000"))
 	id, otherID := start(t, d, target), start(t, d, other)
-	reader, err := open(t, d, target).Logs(t.Context(), driver.LogOptions{Follow: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := reader.Next(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	reader.Close()
+	awaitLine(t, d, target)
 	if err := syscall.Kill(shimOf(t, d, id), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -164,6 +158,19 @@ func TestNothingOutlivesAKilledShim(t *testing.T) {
 	})
 	if err := syscall.Kill(shimOf(t, d, otherID), 0); err != nil {
 		t.Errorf("the other shim: %v", err)
+	}
+}
+
+// awaitLine waits for the first line of an instance's log.
+func awaitLine(t *testing.T, d *Driver, target *v1.Target) {
+	t.Helper()
+	reader, err := open(t, d, target).Logs(t.Context(), driver.LogOptions{Follow: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	if _, err := reader.Next(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -190,7 +197,9 @@ func shimOf(t *testing.T, d *Driver, id driver.InstanceID) int {
 
 func TestShimSurvivesTheSignalsOfServiceManagers(t *testing.T) {
 	d := newDriver(t, Options{})
-	id := start(t, d, newTarget(script("trap 'exit 5' TERM; while :; do sleep 0.05; done")))
+	target := newTarget(script("trap 'exit 5' TERM; echo ready; while :; do sleep 0.05; done"))
+	id := start(t, d, target)
+	awaitLine(t, d, target)
 	shim := shimOf(t, d, id)
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1} {
 		if err := syscall.Kill(shim, sig); err != nil {

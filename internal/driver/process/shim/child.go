@@ -83,8 +83,9 @@ func (c *Child) spawn(title string, files ...*os.File) error {
 	defer own.Unlock()
 	shim, err := os.StartProcess("/proc/self/exe", []string{Name, title}, &os.ProcAttr{
 		Dir: "/",
-		// A shim does next to nothing, and need not be prepared for more.
-		Env:   []string{"GOMAXPROCS=2"},
+		// A shim does next to nothing, and need not be prepared for more. The
+		// other is for race tests, where each exit would take a second.
+		Env:   []string{"GOMAXPROCS=2", "GORACE=atexit_sleep_ms=0"},
 		Files: files,
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
