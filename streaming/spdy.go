@@ -77,10 +77,10 @@ type spdyConn struct {
 
 	replied bool   // the header compressor's state; wmu protects it
 	lastID  uint32 // the reader's
+	refuse  bool   // no more streams are taken; the reader's
 
-	mu      sync.Mutex // protects streams and refuse; never held while writing
+	mu      sync.Mutex // protects streams; never held while writing
 	streams map[uint32]*spdyStream
-	refuse  bool
 }
 
 // upgradeSPDY upgrades the request, or answers it with a Status. The caller
