@@ -3,10 +3,11 @@
 #
 #   hack/controlplane/build.sh [-o DIR] [COMPONENT…]
 #
-# COMPONENT is etcd, kube-apiserver, kube-controller-manager or kubectl; all of
-# them by default. DIR is bin/controlplane in the repository by default. The
-# first build of everything takes some ten minutes on two cores; what is up to
-# date already costs a second.
+# COMPONENT is etcd, kube-apiserver, kube-controller-manager, kubectl or
+# controlplane, the launcher, which looks for the others beside itself; all of
+# them by default. DIR is bin/controlplane in the repository by default, so the
+# launcher is bin/controlplane/controlplane. The first build of everything takes
+# some ten minutes on two cores; what is up to date already costs a second.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -16,12 +17,12 @@ if [ "${1:-}" = -o ]; then
 	out=$2
 	shift 2
 fi
-[ $# -gt 0 ] || set -- etcd kube-apiserver kube-controller-manager kubectl
+[ $# -gt 0 ] || set -- etcd kube-apiserver kube-controller-manager kubectl controlplane
 for component; do
 	case $component in
-	etcd | kube-apiserver | kube-controller-manager | kubectl) ;;
+	etcd | kube-apiserver | kube-controller-manager | kubectl | controlplane) ;;
 	*)
-		echo "build.sh: unknown component $component; there are etcd, kube-apiserver, kube-controller-manager and kubectl" >&2
+		echo "build.sh: unknown component $component; there are etcd, kube-apiserver, kube-controller-manager, kubectl and controlplane" >&2
 		exit 2
 		;;
 	esac
@@ -41,7 +42,10 @@ for package in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
 done
 
 for component; do
-	package=k8s.io/kubernetes/cmd/$component
-	[ "$component" != etcd ] || package=go.etcd.io/etcd/server/v3
+	case $component in
+	etcd) package=go.etcd.io/etcd/server/v3 ;;
+	controlplane) package=. ;;
+	*) package=k8s.io/kubernetes/cmd/$component ;;
+	esac
 	go build -trimpath -ldflags "$ldflags" -o "$out/$component" "$package"
 done
