@@ -41,6 +41,8 @@ var layers = []layer{
 		reason: "streaming is a library for other servers too"},
 	{packages: "internal/server", may: []string{"..."},
 		reason: "the server is assembled from everything that serves"},
+	{packages: "internal/admission", may: []string{"apis/...", "internal/policy"},
+		reason: "admission judges objects: it knows the API and its policy, and nothing that carries it out"},
 	{packages: "internal/storage", may: nil, never: []string{"github.com/k3s-io/kine/pkg/endpoint"},
 		reason: "storage is a backend, not a user of the API; kine's endpoint package links every driver with its server"},
 	{packages: "internal/pki", may: nil,

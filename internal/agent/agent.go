@@ -64,15 +64,12 @@ const DefaultWorkers = 8
 // reached.
 const prepareRetry = 5 * time.Second
 
-// Options of an Agent. Name, Client and Hosts are needed.
+// Options of an Agent. Name and Client are needed.
 type Options struct {
 	// Name is the agent's name, the spec.agentName of its targets.
 	Name string
 	// Client reads targets and writes their status and finalizer.
 	Client versioned.Interface
-	// Hosts run the instances, by the name of their source. They stay their
-	// owner's: Run leaves them open.
-	Hosts map[string]driver.Host
 	// PortRange is where host ports are taken from; DefaultPortRange if empty.
 	PortRange utilnet.PortRange
 	// Workers is how many targets are seen to at once; DefaultWorkers if 0.
@@ -94,8 +91,6 @@ func New(opts Options) (*Agent, error) {
 		return nil, errors.New("an agent needs a name")
 	case opts.Client == nil:
 		return nil, errors.New("an agent needs a client")
-	case len(opts.Hosts) == 0:
-		return nil, errors.New("an agent needs a host for at least one source")
 	}
 	if opts.PortRange.Size == 0 {
 		opts.PortRange = DefaultPortRange
@@ -123,10 +118,11 @@ func (a *Agent) Register(register func(metrics.Registerable) error) error {
 	return nil
 }
 
-// Run runs the instances of the agent's targets until ctx ends, and returns
-// when nothing of the agent goes on. The instances run on: that their host is
-// closed ends them. It is called once.
-func (a *Agent) Run(ctx context.Context) error {
+// Run runs the instances of the agent's targets on hosts, by the name of their
+// source, until ctx ends, and returns when nothing of the agent goes on. The
+// instances run on: that their host is closed, by its owner, ends them. It may
+// be called again, with other hosts, when it has returned.
+func (a *Agent) Run(ctx context.Context, hosts map[string]driver.Host) error {
 	ctx = klog.NewContext(ctx, klog.FromContext(ctx).WithValues("agent", a.opts.Name))
 	log := klog.FromContext(ctx)
 
@@ -135,7 +131,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		informers.WithTweakListOptions(func(options *metav1.ListOptions) { options.FieldSelector = selector }))
 	targets := factory.Streaming().V1().Targets()
 
-	r := newReconciler(a.opts, a.metrics, targets.Lister())
+	r := newReconciler(a.opts, hosts, a.metrics, targets.Lister())
 	if _, err := targets.Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    func(obj any) { r.enqueue(obj) },
 		UpdateFunc: func(_, obj any) { r.enqueue(obj) },

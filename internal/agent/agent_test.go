@@ -36,7 +36,6 @@ func TestMain(m *testing.M) {
 func TestNewRefuses(t *testing.T) {
 	good := Options{
 		Name: "local", Client: newFakeAPI(t),
-		Hosts: map[string]driver.Host{v1.SourceProcess: newFakeHost(t, clock.RealClock{})},
 	}
 	if _, err := New(good); err != nil {
 		t.Fatalf("good options: %v", err)
@@ -47,7 +46,6 @@ func TestNewRefuses(t *testing.T) {
 	}{
 		"no name":                     {func(o *Options) { o.Name = "" }, "needs a name"},
 		"no client":                   {func(o *Options) { o.Client = nil }, "needs a client"},
-		"no hosts":                    {func(o *Options) { o.Hosts = nil }, "needs a host"},
 		"ports that there aren't":     {func(o *Options) { o.PortRange = utilnet.PortRange{Base: 65000, Size: 1000} }, "65000 to 65999"},
 		"port 0, which is any of all": {func(o *Options) { o.PortRange = utilnet.PortRange{Base: 0, Size: 10} }, "0 to 9"},
 	}
@@ -74,7 +72,7 @@ type live struct {
 
 func newLive(t *testing.T, api *fakeAPI, host *fakeHost, clock clock.WithTicker) *live {
 	t.Helper()
-	agent, err := New(Options{Name: "local", Client: api, Clock: clock, Hosts: map[string]driver.Host{v1.SourceProcess: host}})
+	agent, err := New(Options{Name: "local", Client: api, Clock: clock})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +83,7 @@ func newLive(t *testing.T, api *fakeAPI, host *fakeHost, clock clock.WithTicker)
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	running.Go(func() {
-		if err := agent.Run(ctx); err != nil {
+		if err := agent.Run(ctx, map[string]driver.Host{v1.SourceProcess: host}); err != nil {
 			t.Errorf("Run: %v", err)
 		}
 	})

@@ -31,14 +31,14 @@ func newRealAgent(t *testing.T, api *fakeAPI, dir string) *realAgent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agent, err := New(Options{Name: "local", Client: api, Hosts: map[string]driver.Host{v1.SourceProcess: host}})
+	agent, err := New(Options{Name: "local", Client: api})
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	running.Go(func() {
-		if err := agent.Run(ctx); err != nil {
+		if err := agent.Run(ctx, map[string]driver.Host{v1.SourceProcess: host}); err != nil {
 			t.Errorf("Run: %v", err)
 		}
 	})

@@ -60,7 +60,7 @@ type reconciler struct {
 	byUID map[types.UID]*hosted
 }
 
-func newReconciler(opts Options, metrics *agentMetrics, lister listers.TargetLister) *reconciler {
+func newReconciler(opts Options, hosts map[string]driver.Host, metrics *agentMetrics, lister listers.TargetLister) *reconciler {
 	r := &reconciler{
 		name:    opts.Name,
 		client:  opts.Client.StreamingV1(),
@@ -75,7 +75,7 @@ func newReconciler(opts Options, metrics *agentMetrics, lister listers.TargetLis
 		byKey: map[types.NamespacedName][]*hosted{},
 		byUID: map[types.UID]*hosted{},
 	}
-	for source, h := range opts.Hosts {
+	for source, h := range hosts {
 		r.hosts[source] = &host{Host: h, source: source}
 	}
 	return r

@@ -52,14 +52,13 @@ func (b *bench) newAgent() {
 	b.Helper()
 	agent, err := New(Options{
 		Name: "local", Client: b.api, Clock: b.clock,
-		Hosts:     map[string]driver.Host{v1.SourceProcess: b.host},
 		PortRange: utilnet.PortRange{Base: 20000, Size: 5},
 	})
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.indexer = cache.NewIndexer(cache.MetaNamespaceKeyFunc, cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc})
-	b.r = newReconciler(agent.opts, agent.metrics, listers.NewTargetLister(b.indexer))
+	b.r = newReconciler(agent.opts, map[string]driver.Host{v1.SourceProcess: b.host}, agent.metrics, listers.NewTargetLister(b.indexer))
 	b.Cleanup(b.r.queue.ShutDown)
 	b.r.ports.next = 0
 	b.r.ports.inUse = func(p hostPort) bool { return b.taken[p.number] }

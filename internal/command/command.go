@@ -33,12 +33,41 @@ pleasant: log, exec, attach and portforward, next to status and scale.`,
 	root.SetIn(in)
 	root.SetOut(out)
 	root.SetErr(errOut)
-	root.AddCommand(newStandalone(), newVersion(), newDemo())
+	root.AddCommand(newServe(), newStandalone(), newVersion(), newDemo())
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(errOut, "error:", err)
 		return 1
 	}
 	return 0
+}
+
+func newServe() *cobra.Command {
+	opts := server.NewServeOptions()
+	logging := logsapi.NewLoggingConfiguration()
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run behind a cluster's kube-aggregator",
+		Long: `Runs an aggregated API server: the cluster's kube-apiserver proxies requests for
+targets to it, and it asks that for authentication and authorization. It hosts
+nothing itself, unless --embedded-agent says so.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := opts.Complete(); err != nil {
+				return err
+			}
+			if err := opts.Validate(); err != nil {
+				return err
+			}
+			if err := logsapi.ValidateAndApply(logging, nil); err != nil {
+				return err
+			}
+			defer logs.FlushLogs()
+			return opts.Run(cmd.Context())
+		},
+	}
+	opts.AddFlags(cmd.Flags())
+	logsapi.AddFlags(logging, cmd.Flags())
+	return cmd
 }
 
 func newStandalone() *cobra.Command {

@@ -9,6 +9,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/json"
+	"k8s.io/client-go/rest"
 	"k8s.io/utils/ptr"
 
 	"aaserver.io/aaserver/apis/generated/clientset/versioned"
@@ -23,7 +24,11 @@ const demoLabel = "streaming.aaserver.io/demo"
 
 // createDemo creates the demo's targets, which run this very binary. Those that
 // exist stay as the user made them, but for the binary, which may have moved.
-func createDemo(ctx context.Context, client versioned.Interface) error {
+func createDemo(ctx context.Context, config *rest.Config) error {
+	client, err := versioned.NewForConfig(config)
+	if err != nil {
+		return err
+	}
 	self, err := os.Executable()
 	if err != nil {
 		return err

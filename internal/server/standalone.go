@@ -32,11 +32,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/component-base/metrics/legacyregistry"
 
-	"aaserver.io/aaserver/apis/generated/clientset/versioned"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
-	"aaserver.io/aaserver/internal/agent"
-	"aaserver.io/aaserver/internal/driver"
-	"aaserver.io/aaserver/internal/driver/process"
 	"aaserver.io/aaserver/internal/pki"
 	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/storage"
@@ -166,46 +162,22 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("the data directory can't be made: %w", err)
-	}
-	unlock, err := storage.LockDir(dir)
+	unlock, err := openDataDir(dir)
 	if err != nil {
 		return err
 	}
 	defer unlock()
 
-	ctx, fail := context.WithCancelCause(ctx)
-	var group errgroup.Group
-	defer group.Wait()
-	defer fail(nil)
-
+	group, ctx := errgroup.WithContext(ctx)
 	etcd := *o.Etcd
 	if !o.etcd() {
-		backend, err := o.startStorage(ctx, dir)
+		backend, err := o.startStorage(ctx, group, dir)
 		if err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, backend.Close()) }()
-		group.Go(func() error {
-			select {
-			case <-backend.Done():
-				err := fmt.Errorf("the storage has failed: %w", backend.Err())
-				fail(err)
-				return err
-			case <-ctx.Done():
-				return nil
-			}
-		})
 		etcd.StorageConfig.Transport.ServerList = []string{backend.Endpoint()}
 	}
-
-	host, err := process.New(process.Options{Dir: filepath.Join(dir, "logs")})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, host.Close()) }()
-
 	listener, err := o.listen()
 	if err != nil {
 		return err
@@ -216,28 +188,17 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 		return err
 	}
 
-	config, err := o.config(&etcd, listener, certificates, host)
+	config, err := o.config(&etcd, listener, certificates)
 	if err != nil {
 		return err
 	}
+	local, err := newEmbeddedAgent(LocalAgent, filepath.Join(dir, "logs"), config.Generic)
+	if err != nil {
+		return err
+	}
+	config.Extra.Target.Drivers = local.driver
 	server, err := config.Complete().New()
 	if err != nil {
-		return err
-	}
-	client, err := versioned.NewForConfig(config.Generic.LoopbackClientConfig)
-	if err != nil {
-		return err
-	}
-	local, err := agent.New(agent.Options{
-		Name:   LocalAgent,
-		Client: client,
-		Hosts:  map[string]driver.Host{v1.SourceProcess: host},
-	})
-	if err != nil {
-		return err
-	}
-
-	if err := local.Register(legacyregistry.Register); err != nil {
 		return err
 	}
 
@@ -245,32 +206,22 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 	// are reported as always.
 	agentCtx, stopAgent := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopAgent()
-	run := func(what string, f func() error) {
-		group.Go(func() error {
-			err := f()
-			if err != nil {
-				err = fmt.Errorf("%s: %w", what, err)
-				fail(err)
-			}
-			return err
-		})
-	}
-	run("the API server has failed", func() error {
+	group.Go(func() error {
 		defer stopAgent()
-		return server.Generic.PrepareRun().RunWithContext(ctx)
+		return failed("the API server", server.Generic.PrepareRun().RunWithContext(ctx))
 	})
-	run("the agent has failed", func() error { return local.Run(agentCtx) })
+	group.Go(func() error { return failed("the agent", local.run(agentCtx)) })
 	group.Go(func() error {
 		certificates.Run(ctx)
 		return nil
 	})
-	run("the server doesn't become ready", func() error {
-		if err := waitReady(ctx, config.Generic.LoopbackClientConfig); err != nil {
+	group.Go(func() error {
+		if waitReady(ctx, config.Generic.LoopbackClientConfig) != nil {
 			return nil // it is being shut down
 		}
 		if o.Demo {
-			if err := createDemo(ctx, client); err != nil {
-				return fmt.Errorf("creating the demo's targets: %w", err)
+			if err := createDemo(ctx, config.Generic.LoopbackClientConfig); err != nil {
+				return failed("creating the demo's targets", err)
 			}
 		}
 		if o.Ready != nil {
@@ -278,14 +229,12 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 		}
 		return nil
 	})
-	err = group.Wait()
-	if cause := context.Cause(ctx); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
-		return cause
-	}
-	return err
+	return group.Wait()
 }
 
-func (o *StandaloneOptions) startStorage(ctx context.Context, dir string) (*storage.Backend, error) {
+// startStorage starts the SQL database: the one that was asked for, or SQLite
+// in the data directory.
+func (o *StandaloneOptions) startStorage(ctx context.Context, group *errgroup.Group, dir string) (*storage.Backend, error) {
 	endpoint := o.StorageEndpoint
 	if endpoint == "" {
 		database := filepath.Join(dir, "db")
@@ -297,7 +246,7 @@ func (o *StandaloneOptions) startStorage(ctx context.Context, dir string) (*stor
 			return nil, err
 		}
 	}
-	return storage.Start(ctx, storage.Options{
+	return startStorage(ctx, group, storage.Options{
 		Endpoint:  endpoint,
 		SocketDir: filepath.Join(dir, "run"),
 		Metrics:   legacyregistry.Registerer(),
@@ -344,7 +293,7 @@ func (o *StandaloneOptions) ensureCertificates(dir string, address *net.TCPAddr)
 }
 
 // config assembles the API server's configuration.
-func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener net.Listener, certificates *pki.Files, host driver.Host) (*Config, error) {
+func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener net.Listener, certificates *pki.Files) (*Config, error) {
 	config := NewConfig()
 	generic := &config.Generic.Config
 
@@ -400,27 +349,12 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 		Target: target.Options{
 			DefaultAgent: LocalAgent,
 			Sources:      sets.New(v1.SourceProcess),
-			Drivers:      localDrivers(map[string]driver.Driver{v1.SourceProcess: host}),
 			Dial:         (&net.Dialer{}).DialContext,
 			OpenPorts:    true,
 			Sessions:     session.NewManager(session.Options{Max: o.MaxSessions, Code: target.SessionCode}),
 		},
 	}
 	return config, nil
-}
-
-// localDrivers finds the drivers of targets that this server's own agent hosts.
-func localDrivers(drivers map[string]driver.Driver) func(*v1.Target) (driver.Driver, error) {
-	return func(target *v1.Target) (driver.Driver, error) {
-		if target.Spec.Hosted() && target.Spec.AgentName != LocalAgent {
-			return nil, driver.Errorf(driver.Unavailable, "agent %q is not connected: this server has the agent %q alone", target.Spec.AgentName, LocalAgent)
-		}
-		d, ok := drivers[target.Spec.Source()]
-		if !ok {
-			return nil, driver.Errorf(driver.Unsupported, "this server has no driver for targets of source %s", target.Spec.Source())
-		}
-		return d, nil
-	}
 }
 
 // waitReady returns once the server says that it is ready, or with an error

@@ -1,0 +1,352 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilerrors "k8s.io/apimachinery/pkg/util/errors"
+	"k8s.io/apimachinery/pkg/util/sets"
+	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/apiserver/pkg/admission"
+	genericapiserver "k8s.io/apiserver/pkg/server"
+	"k8s.io/apiserver/pkg/server/healthz"
+	genericoptions "k8s.io/apiserver/pkg/server/options"
+	utilfeature "k8s.io/apiserver/pkg/util/feature"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	basecompatibility "k8s.io/component-base/compatibility"
+	"k8s.io/component-base/metrics/legacyregistry"
+
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	aaadmission "aaserver.io/aaserver/internal/admission"
+	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/session"
+	"aaserver.io/aaserver/internal/storage"
+	"aaserver.io/aaserver/registry/target"
+	"aaserver.io/aaserver/streaming"
+)
+
+// checkTimeout bounds each request that asks whether the main API can be used.
+const checkTimeout = 5 * time.Second
+
+// ServeOptions is how a server behind kube-aggregator is run.
+type ServeOptions struct {
+	// StorageEndpoint is the SQL database to store objects in, as kine names
+	// it, in place of etcd.
+	StorageEndpoint string
+	// DataDir holds what a server with an embedded agent, or with SQLite,
+	// keeps.
+	DataDir string
+	// EmbeddedAgent is the name of the agent that the server embeds; none if
+	// empty.
+	EmbeddedAgent string
+	// LeaseNamespace is where the embedded agent's Lease is; where the server
+	// itself runs if empty.
+	LeaseNamespace string
+	// AllowedOrigins are the origins that browsers may connect from, beside
+	// the server's own.
+	AllowedOrigins []string
+	// MaxSessions is how many streams may be open at once.
+	MaxSessions int
+	// DrainTimeout bounds how long open streams may take to end at shutdown.
+	DrainTimeout time.Duration
+
+	Recommended *genericoptions.RecommendedOptions
+	ServerRun   *genericoptions.ServerRunOptions
+}
+
+// NewServeOptions returns the defaults.
+func NewServeOptions() *ServeOptions {
+	o := &ServeOptions{
+		MaxSessions:  session.DefaultMax,
+		DrainTimeout: 10 * time.Second,
+		Recommended:  genericoptions.NewRecommendedOptions(etcdPrefix, Codecs.LegacyCodec(v1.SchemeGroupVersion)),
+		ServerRun:    genericoptions.NewServerRunOptions(),
+	}
+	o.Recommended.Etcd.StorageConfig = *storageConfig()
+	// Without a certificate given, one is made that nobody has to trust: kept
+	// in memory, not in a directory relative to wherever the server was started.
+	o.Recommended.SecureServing.ServerCert.CertDirectory = ""
+	o.ServerRun.ShutdownWatchTerminationGracePeriod = o.DrainTimeout
+	aaadmission.Register(o.Recommended.Admission.Plugins)
+	o.Recommended.Admission.RecommendedPluginOrder = append(o.Recommended.Admission.RecommendedPluginOrder, aaadmission.Order()...)
+	o.Recommended.ExtraAdmissionInitializers = func(*genericapiserver.RecommendedConfig) ([]admission.PluginInitializer, error) {
+		return []admission.PluginInitializer{aaadmission.NewInitializer()}, nil
+	}
+	return o
+}
+
+// AddFlags adds the flags to a set: ours, and all of the generic server's.
+func (o *ServeOptions) AddFlags(flags *pflag.FlagSet) {
+	flags.StringVar(&o.StorageEndpoint, "storage-endpoint", o.StorageEndpoint, "The SQL database to store objects in, in place of --etcd-servers: sqlite:///path or postgres://user:password@host/database.")
+	flags.StringVar(&o.DataDir, "data-dir", o.DataDir, "The directory for what the server keeps beside its objects: the logs of an embedded agent's targets, the socket of an SQL storage.")
+	flags.StringVar(&o.EmbeddedAgent, "embedded-agent", o.EmbeddedAgent, "Run an agent of this name in the server. Whoever may write targets that name it then runs commands as the server. Needs --data-dir.")
+	flags.StringVar(&o.LeaseNamespace, "lease-namespace", o.LeaseNamespace, "The namespace of the embedded agent's Lease, by which one of several servers holds it. The namespace that the server runs in if not given.")
+	flags.StringSliceVar(&o.AllowedOrigins, "allowed-origins", o.AllowedOrigins, "The origins, as https://console.example.com, that browsers may connect to streams from. The server's own is always allowed.")
+	flags.IntVar(&o.MaxSessions, "max-sessions", o.MaxSessions, "How many logs, execs, attaches and port-forwards may be open at once on this server.")
+	flags.DurationVar(&o.DrainTimeout, "drain-timeout", o.DrainTimeout, "How long open streams may take to end when the server shuts down.")
+	o.Recommended.AddFlags(flags)
+	o.ServerRun.AddUniversalFlags(flags)
+}
+
+// Complete fills in what follows from the rest.
+func (o *ServeOptions) Complete() error {
+	// One kubeconfig is enough to say where the main API is.
+	if kubeconfig := o.Recommended.CoreAPI.CoreAPIKubeconfigPath; kubeconfig != "" {
+		if o.Recommended.Authentication.RemoteKubeConfigFile == "" {
+			o.Recommended.Authentication.RemoteKubeConfigFile = kubeconfig
+		}
+		if o.Recommended.Authorization.RemoteKubeConfigFile == "" {
+			o.Recommended.Authorization.RemoteKubeConfigFile = kubeconfig
+		}
+	}
+	if o.EmbeddedAgent != "" && o.LeaseNamespace == "" {
+		o.LeaseNamespace = ownNamespace(o.Recommended.CoreAPI.CoreAPIKubeconfigPath)
+	}
+	if err := o.ServerRun.Complete(); err != nil {
+		return err
+	}
+	return o.ServerRun.ComponentGlobalsRegistry.Set()
+}
+
+// ownNamespace is the namespace of the pod that the server runs in, or of the
+// kubeconfig's context.
+func ownNamespace(kubeconfig string) string {
+	loader := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(
+		&clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig}, &clientcmd.ConfigOverrides{})
+	namespace, _, err := loader.Namespace()
+	if err != nil {
+		return metav1.NamespaceDefault // that it can't be read is said when it is used
+	}
+	return namespace
+}
+
+// Validate says what is wrong with the options.
+func (o *ServeOptions) Validate() error {
+	var errs []error
+	switch {
+	case o.StorageEndpoint != "" && o.etcd():
+		errs = append(errs, errors.New("--storage-endpoint and --etcd-servers exclude each other: objects are stored in one place"))
+	case o.StorageEndpoint != "":
+		if err := storage.ValidateEndpoint(o.StorageEndpoint); err != nil {
+			errs = append(errs, fmt.Errorf("--storage-endpoint: %w", err))
+		}
+	case !o.etcd():
+		errs = append(errs, errors.New("--etcd-servers or --storage-endpoint is needed: it says where objects are stored"))
+	default:
+		errs = append(errs, o.Recommended.Etcd.Validate()...)
+	}
+	if o.EmbeddedAgent != "" {
+		if o.DataDir == "" {
+			errs = append(errs, errors.New("--embedded-agent needs --data-dir: it says where the logs of its targets are kept"))
+		}
+		for _, message := range validation.IsDNS1123Subdomain(o.EmbeddedAgent) {
+			errs = append(errs, fmt.Errorf("--embedded-agent %q: %s", o.EmbeddedAgent, message))
+		}
+	}
+	if o.MaxSessions < 1 {
+		errs = append(errs, fmt.Errorf("--max-sessions %d must be at least 1", o.MaxSessions))
+	}
+	if o.DrainTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--drain-timeout %s must not be negative", o.DrainTimeout))
+	}
+	etcd := o.Recommended.Etcd
+	o.Recommended.Etcd = nil // validated above: it demands servers
+	errs = append(errs, o.Recommended.Validate()...)
+	o.Recommended.Etcd = etcd
+	errs = append(errs, o.ServerRun.Validate()...)
+	errs = append(errs, o.ServerRun.ComponentGlobalsRegistry.Validate()...)
+	return utilerrors.NewAggregate(errs)
+}
+
+func (o *ServeOptions) etcd() bool {
+	return len(o.Recommended.Etcd.StorageConfig.Transport.ServerList) > 0
+}
+
+// Run runs a server until ctx ends or something of it fails.
+func (o *ServeOptions) Run(ctx context.Context) (err error) {
+	if err := o.checkMainAPI(ctx); err != nil {
+		return err
+	}
+	if o.DataDir != "" {
+		unlock, err := openDataDir(o.DataDir)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+	}
+
+	group, ctx := errgroup.WithContext(ctx)
+	if !o.etcd() {
+		opts := storage.Options{Endpoint: o.StorageEndpoint, Metrics: legacyregistry.Registerer()}
+		if o.DataDir != "" {
+			opts.SocketDir = filepath.Join(o.DataDir, "run")
+		}
+		backend, err := startStorage(ctx, group, opts)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, backend.Close()) }()
+		o.Recommended.Etcd.StorageConfig.Transport.ServerList = []string{backend.Endpoint()}
+	}
+
+	config, err := o.config()
+	if err != nil {
+		return err
+	}
+	var embedded *embeddedAgent
+	if o.EmbeddedAgent != "" {
+		if embedded, err = newEmbeddedAgent(o.EmbeddedAgent, filepath.Join(o.DataDir, "logs"), config.Generic); err != nil {
+			return err
+		}
+		config.Extra.Target.Drivers = embedded.driver
+	}
+	server, err := config.Complete().New()
+	if err != nil {
+		return err
+	}
+	agentCtx, stopAgent := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopAgent()
+	group.Go(func() error {
+		defer stopAgent()
+		return failed("the API server", server.Generic.PrepareRun().RunWithContext(ctx))
+	})
+	if embedded != nil {
+		main, err := kubernetes.NewForConfig(config.Generic.ClientConfig)
+		if err != nil {
+			return err
+		}
+		group.Go(func() error {
+			return failed("the embedded agent", embedded.runLeased(agentCtx, main, o.LeaseNamespace))
+		})
+	}
+	return group.Wait()
+}
+
+// config assembles the API server's configuration.
+func (o *ServeOptions) config() (*Config, error) {
+	config := NewConfig()
+	generic := &config.Generic.Config
+	serving := o.Recommended.SecureServing
+	if err := serving.MaybeDefaultWithSelfSignedCerts("localhost", nil, []net.IP{net.IPv4(127, 0, 0, 1)}); err != nil {
+		return nil, fmt.Errorf("making a self-signed certificate: %w", err)
+	}
+	if err := o.ServerRun.ApplyTo(generic); err != nil {
+		return nil, err
+	}
+	generic.EffectiveVersion = effectiveVersion{o.ServerRun.ComponentGlobalsRegistry.EffectiveVersionFor(basecompatibility.DefaultKubeComponent)}
+	o.Recommended.FeatureGate = utilfeature.DefaultFeatureGate
+	if err := o.Recommended.ApplyTo(config.Generic); err != nil {
+		return nil, o.explain(err)
+	}
+	main, err := kubernetes.NewForConfig(config.Generic.ClientConfig)
+	if err != nil {
+		return nil, err
+	}
+	generic.AddReadyzChecks(healthz.NamedCheck("main-api", func(r *http.Request) error {
+		ctx, cancel := context.WithTimeout(r.Context(), checkTimeout)
+		defer cancel()
+		return main.Discovery().RESTClient().Get().AbsPath("/version").Do(ctx).Error()
+	}))
+
+	config.Extra = ExtraConfig{
+		DrainTimeout: o.DrainTimeout,
+		Target: target.Options{
+			Sources:   sets.New(v1.SourceProcess),
+			Drivers:   noDrivers,
+			Dial:      (&net.Dialer{}).DialContext,
+			Sessions:  session.NewManager(session.Options{Max: o.MaxSessions, Code: target.SessionCode}),
+			Streaming: streaming.Options{CheckOrigin: checkOrigin(o.AllowedOrigins)},
+		},
+	}
+	return config, nil
+}
+
+// explain adds to an error of the generic server's options what to do about it.
+func (o *ServeOptions) explain(err error) error {
+	pair := o.Recommended.SecureServing.ServerCert.CertKey
+	if pair.CertFile != "" && strings.Contains(err.Error(), "tls:") {
+		return fmt.Errorf("--tls-cert-file %s and --tls-private-key-file %s can't be used together: %w", pair.CertFile, pair.KeyFile, err)
+	}
+	return err
+}
+
+// checkMainAPI says in one line why the main API can't be used, before anything
+// is started that would only wait for it.
+func (o *ServeOptions) checkMainAPI(ctx context.Context) error {
+	path := o.Recommended.CoreAPI.CoreAPIKubeconfigPath
+	config, err := mainAPIConfig(path)
+	if err != nil {
+		return err
+	}
+	config.Timeout = checkTimeout
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return fmt.Errorf("the kubeconfig can't be used: %w", err)
+	}
+	if _, err := client.Discovery().ServerVersion(); err != nil {
+		return fmt.Errorf("the main API server at %s can't be used, check --kubeconfig: %w", config.Host, err)
+	}
+	if o.Recommended.Authentication.SkipInClusterLookup {
+		return nil
+	}
+	const configMap = "extension-apiserver-authentication"
+	_, err = client.CoreV1().ConfigMaps(metav1.NamespaceSystem).Get(ctx, configMap, metav1.GetOptions{})
+	switch {
+	case apierrors.IsForbidden(err), apierrors.IsUnauthorized(err):
+		return fmt.Errorf("the server's own account may not read the ConfigMap %s/%s, which says whom to trust: bind it to the Role extension-apiserver-authentication-reader there: %w", metav1.NamespaceSystem, configMap, err)
+	case err != nil:
+		return fmt.Errorf("reading the ConfigMap %s/%s: %w", metav1.NamespaceSystem, configMap, err)
+	}
+	return nil
+}
+
+func mainAPIConfig(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		config, err := rest.InClusterConfig()
+		if err != nil {
+			return nil, fmt.Errorf("--kubeconfig is needed outside a cluster: it says where the main API server is (%w)", err)
+		}
+		return config, nil
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("--kubeconfig %s: %w", kubeconfig, err)
+	}
+	return config, nil
+}
+
+// noDrivers is a server that hosts nothing.
+func noDrivers(target *v1.Target) (driver.Driver, error) {
+	return nil, driver.Errorf(driver.Unavailable, "agent %q is not connected", target.Spec.AgentName)
+}
+
+// checkOrigin allows requests without an Origin, from the same host, and from
+// the origins that are listed. Behind kube-aggregator the host is this server's
+// own, never the one that the browser sees.
+func checkOrigin(allowed []string) func(*http.Request) bool {
+	return func(r *http.Request) bool {
+		origin := r.Header.Get("Origin")
+		if origin == "" {
+			return true
+		}
+		for _, a := range allowed {
+			if strings.EqualFold(origin, a) {
+				return true
+			}
+		}
+		_, host, ok := strings.Cut(origin, "://")
+		return ok && strings.EqualFold(host, r.Host)
+	}
+}
