@@ -245,6 +245,9 @@ func (s *Session) End(err error) {
 	})
 }
 
+// Bytes returns how many bytes the client has sent, and was sent, by now.
+func (s *Session) Bytes() (in, out int64) { return s.in.Load(), s.out.Load() }
+
 // AddIn counts bytes that the client sent.
 func (s *Session) AddIn(bytes int) {
 	if bytes > 0 {

@@ -46,6 +46,7 @@ func (r *ExecREST) Connect(ctx context.Context, name string, options runtime.Obj
 	if err := badOptions(validation.ValidateTargetExecOptions(opts)); err != nil {
 		return nil, err
 	}
+	auditCommand(ctx, opts.Command)
 	streams := streaming.CommandRequest{Stdin: opts.Stdin, Stdout: opts.Stdout, Stderr: opts.Stderr, TTY: opts.TTY}
 	return r.command(ctx, name, opts.Instance, "exec", streams, responder,
 		func(ctx context.Context, conn driver.Conn, target *v1.Target) (driver.Run, error) {

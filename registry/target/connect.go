@@ -2,15 +2,18 @@ package target
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+	"k8s.io/apiserver/pkg/audit"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/registry/rest"
 
@@ -124,11 +127,50 @@ func (c *connector) stream(responder rest.Responder, target *v1.Target, instance
 			responder.Error(err)
 			return
 		}
+		audit.AddAuditAnnotations(ctx, auditPrefix+"session", s.ID(), auditPrefix+"instance", instance)
 		// The session ends after its streams are joined, also when they panic.
 		var ended error = errPanicked
-		defer func() { s.End(ended) }()
+		defer func() {
+			s.End(ended)
+			in, out := s.Bytes()
+			audit.AddAuditAnnotations(ctx,
+				auditPrefix+"bytes-in", strconv.FormatInt(in, 10),
+				auditPrefix+"bytes-out", strconv.FormatInt(out, 10),
+				auditPrefix+"cause", causeOf(ended))
+		}()
 		ended = serve(w, r.WithContext(ctx), s)
 	})
+}
+
+// auditPrefix begins the keys of the annotations that a stream leaves in the
+// audit log: what was run, and what came of it. Never what was sent, and
+// nothing of a target's environment.
+const auditPrefix = v1.GroupName + "/"
+
+// maxAuditValue bounds what a client can make the audit log grow by, in bytes.
+const maxAuditValue = 4 << 10
+
+// auditCommand records a command as JSON.
+func auditCommand(ctx context.Context, command []string) {
+	text, err := json.Marshal(command)
+	if err != nil {
+		return // strings can always be encoded
+	}
+	audit.AddAuditAnnotation(ctx, auditPrefix+"command", cut(string(text)))
+}
+
+func causeOf(err error) string {
+	if err == nil {
+		return "done"
+	}
+	return cut(err.Error())
+}
+
+func cut(text string) string {
+	if len(text) <= maxAuditValue {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxAuditValue], "") + "…"
 }
 
 var errPanicked = driver.Errorf(driver.Internal, "the handler panicked")
