@@ -164,9 +164,10 @@ type LogLine struct {
 	// Data is the line without its newline.
 	Data []byte
 	// Partial says that the line goes on in the next LogLine of the same
-	// stream, or that it is the stream's last of a run and didn't end with a
-	// newline.
+	// stream and run; if there is none, it didn't end with a newline.
 	Partial bool
+	// Run tells the runs of the instance apart.
+	Run int
 }
 
 // PortDialer connects to an instance's ports.

@@ -439,15 +439,16 @@ type formatter struct {
 	pending         bool
 	pendingInstance string
 	pendingStream   v1.LogStream
+	pendingRun      int
 }
 
 // timeFormat is RFC 3339 with all nine digits, so that times line up.
 const timeFormat = "2006-01-02T15:04:05.000000000Z07:00"
 
-// append adds a line to buf. Lines of different instances or streams never mix:
-// a line that was begun is ended by another's.
+// append adds a line to buf. Lines of different instances, runs or streams never
+// mix: a line that was begun is ended by another's.
 func (f *formatter) append(buf []byte, instance string, line driver.LogLine) []byte {
-	same := f.pendingInstance == instance && f.pendingStream == line.Stream
+	same := f.pendingInstance == instance && f.pendingStream == line.Stream && f.pendingRun == line.Run
 	if f.pending && !same {
 		buf = append(buf, '\n')
 	}
@@ -466,7 +467,7 @@ func (f *formatter) append(buf []byte, instance string, line driver.LogLine) []b
 	if !line.Partial {
 		buf = append(buf, '\n')
 	}
-	f.pending, f.pendingInstance, f.pendingStream = line.Partial, instance, line.Stream
+	f.pending, f.pendingInstance, f.pendingStream, f.pendingRun = line.Partial, instance, line.Stream, line.Run
 	return buf
 }
 

@@ -307,6 +307,8 @@ func TestASlowClientHoldsProducersBack(t *testing.T) {
 func TestFormatter(t *testing.T) {
 	stdout, stderr := v1.LogStreamStdout, v1.LogStreamStderr
 	end := at(9, "end")
+	nextRun := end
+	nextRun.Run = 1
 	endOfErr := at(9, "err end")
 	endOfErr.Stream = stderr
 	for name, tt := range map[string]struct {
@@ -332,6 +334,10 @@ func TestFormatter(t *testing.T) {
 			format: formatter{prefix: true},
 			lines:  []driver.LogLine{part(1, stdout, "abc"), endOfErr, end},
 			want:   "[web-0] abc\n[web-0] err end\n[web-0] end\n",
+		},
+		"a run that ended without a newline doesn't run into the next": {
+			lines: []driver.LogLine{part(1, stdout, "last words"), nextRun},
+			want:  "last words\nend\n",
 		},
 		"bytes that are no text stay": {
 			lines: []driver.LogLine{at(1, "\x00\xff\r")},

@@ -101,6 +101,30 @@ func TestRecordsAreInTheFormatOfContainerRuntimes(t *testing.T) {
 	}
 }
 
+func TestLinesTellRunsApart(t *testing.T) {
+	l := newLog(t, t.TempDir(), nil)
+	for _, text := range []string{"no newline", "next\n"} {
+		write(t, l, l.begin(), v1.LogStreamStdout, text)
+	}
+	r, err := l.read(driver.LogOptions{After: time.Unix(0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	first, err := r.Next(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	partial, run := first.Partial, first.Run
+	second, err := r.Next(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !partial || second.Partial || second.Run == run {
+		t.Errorf("partial %t of run %d, then %t of run %d; want a partial line, and a whole one of another run", partial, run, second.Partial, second.Run)
+	}
+}
+
 func TestTimesAreReadAsTheyAreWritten(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	var s stamp

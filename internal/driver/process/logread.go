@@ -94,6 +94,7 @@ type logReader struct {
 
 	buf    *[]byte
 	unread []byte // of buf
+	run    int    // that unread is of
 
 	segment *segment // held, unless lost or closed
 	offset  int64    // of what follows unread in segment
@@ -139,7 +140,7 @@ func (l *instanceLog) read(opts driver.LogOptions) (*logReader, error) {
 		l.mu.Unlock()
 		return nil, err
 	}
-	r.segment = start
+	r.segment, r.run = start, start.run
 	l.readers[r] = struct{}{}
 	// Segments in between don't change any more.
 	var span []*segment
@@ -230,7 +231,7 @@ func (l *instanceLog) move(r *logReader, to *segment) {
 	// It can't fail: a later segment is held already.
 	if err := l.hold(to); err == nil {
 		l.release(r.segment)
-		r.segment = to
+		r.segment, r.run = to, to.run
 	}
 }
 
@@ -372,7 +373,7 @@ func (r *logReader) Next(ctx context.Context) (driver.LogLine, error) {
 		if !ok || !r.wants(h) {
 			continue
 		}
-		line := driver.LogLine{Time: time.Unix(0, h.time), Stream: v1.LogStreamStdout, Data: record[recordHeader:], Partial: h.partial}
+		line := driver.LogLine{Time: time.Unix(0, h.time), Stream: v1.LogStreamStdout, Data: record[recordHeader:], Partial: h.partial, Run: r.run}
 		if h.stderr {
 			line.Stream = v1.LogStreamStderr
 		}
