@@ -8,10 +8,7 @@ DATA ?= $(CURDIR)/.aaserver
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS := -X aaserver.io/aaserver/internal/version.version=$(VERSION)
 
-# Packages that only the end-to-end tests are in.
-E2E := ./internal/e2e/...
-
-.PHONY: build run test test-unit controlplane bench update verify clean
+.PHONY: build run test test-unit controlplane cluster bench update verify clean
 
 build: ## bin/aaserver and bin/kubectl-target
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/aaserver .
@@ -21,14 +18,17 @@ run: build ## a server without a cluster, with targets to try
 	$(BIN)/aaserver standalone --data-dir $(DATA) --demo
 
 test-unit: ## the fast part of the tests
-	go test $$(go list ./... | grep -v /internal/e2e)
+	go test -short $$(go list ./... | grep -v /internal/e2e)
 
 test: controlplane ## all tests
 	go test -race ./streaming/... ./registry/... ./internal/agent/... ./internal/driver/... ./internal/session/...
 	go test $$(go list ./... | grep -v -e /streaming$$ -e /registry/ -e /internal/agent -e /internal/driver -e /internal/session)
 
-controlplane: ## kubectl as released, to test against
-	hack/controlplane/build.sh kubectl
+controlplane: ## a real kube-apiserver, kube-controller-manager, kubectl and etcd
+	hack/controlplane/build.sh
+
+cluster: build controlplane ## that control plane with our server behind it
+	hack/cluster.sh
 
 bench: ## the benchmarks, ours beside the peers' in one run
 	go test -run '^$$' -bench . -benchmem ./streaming/... ./internal/driver/...
