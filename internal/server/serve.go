@@ -2,12 +2,15 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -25,6 +28,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/transport"
 	basecompatibility "k8s.io/component-base/compatibility"
 	"k8s.io/component-base/metrics/legacyregistry"
 
@@ -114,10 +118,11 @@ func (o *ServeOptions) Complete() error {
 	if o.EmbeddedAgent != "" && o.LeaseNamespace == "" {
 		o.LeaseNamespace = ownNamespace(o.Recommended.CoreAPI.CoreAPIKubeconfigPath)
 	}
-	if err := o.ServerRun.Complete(); err != nil {
+	// First, since all else may ask for feature gates.
+	if err := o.ServerRun.ComponentGlobalsRegistry.Set(); err != nil {
 		return err
 	}
-	return o.ServerRun.ComponentGlobalsRegistry.Set()
+	return o.ServerRun.Complete()
 }
 
 // ownNamespace is the namespace of the pod that the server runs in, or of the
@@ -155,6 +160,13 @@ func (o *ServeOptions) Validate() error {
 			errs = append(errs, fmt.Errorf("--embedded-agent %q: %s", o.EmbeddedAgent, message))
 		}
 	}
+	pair := o.Recommended.SecureServing.ServerCert.CertKey
+	if (pair.CertFile == "") != (pair.KeyFile == "") {
+		errs = append(errs, errors.New("--tls-cert-file and --tls-private-key-file need each other: give both, or neither"))
+	}
+	if o.Recommended.SecureServing.BindPort == 0 {
+		errs = append(errs, errors.New("--secure-port 0: a port is needed, kube-apiserver reaches the server by it"))
+	}
 	if o.MaxSessions < 1 {
 		errs = append(errs, fmt.Errorf("--max-sessions %d must be at least 1", o.MaxSessions))
 	}
@@ -177,6 +189,9 @@ func (o *ServeOptions) etcd() bool {
 // Run runs a server until ctx ends or something of it fails.
 func (o *ServeOptions) Run(ctx context.Context) (err error) {
 	if err := o.checkMainAPI(ctx); err != nil {
+		return err
+	}
+	if err := o.checkEtcd(ctx); err != nil {
 		return err
 	}
 	if o.DataDir != "" {
@@ -213,7 +228,10 @@ func (o *ServeOptions) Run(ctx context.Context) (err error) {
 		config.Extra.Target.Drivers = embedded.driver
 	}
 	server, err := config.Complete().New()
-	if err != nil {
+	switch {
+	case o.StorageEndpoint == "" && errors.Is(err, context.DeadlineExceeded):
+		return o.explainEtcd(err)
+	case err != nil:
 		return err
 	}
 	agentCtx, stopAgent := context.WithCancel(context.WithoutCancel(ctx))
@@ -247,8 +265,9 @@ func (o *ServeOptions) config() (*Config, error) {
 	}
 	generic.EffectiveVersion = effectiveVersion{o.ServerRun.ComponentGlobalsRegistry.EffectiveVersionFor(basecompatibility.DefaultKubeComponent)}
 	o.Recommended.FeatureGate = utilfeature.DefaultFeatureGate
+	port := serving.BindPort // it is forgotten when it can't be bound
 	if err := o.Recommended.ApplyTo(config.Generic); err != nil {
-		return nil, o.explain(err)
+		return nil, o.explain(err, port)
 	}
 	main, err := kubernetes.NewForConfig(config.Generic.ClientConfig)
 	if err != nil {
@@ -274,10 +293,15 @@ func (o *ServeOptions) config() (*Config, error) {
 }
 
 // explain adds to an error of the generic server's options what to do about it.
-func (o *ServeOptions) explain(err error) error {
+func (o *ServeOptions) explain(err error, port int) error {
 	pair := o.Recommended.SecureServing.ServerCert.CertKey
-	if pair.CertFile != "" && strings.Contains(err.Error(), "tls:") {
+	switch path := (*fs.PathError)(nil); {
+	case pair.CertFile != "" && strings.Contains(err.Error(), "tls:"):
 		return fmt.Errorf("--tls-cert-file %s and --tls-private-key-file %s can't be used together: %w", pair.CertFile, pair.KeyFile, err)
+	case errors.As(err, &path) && (path.Path == pair.CertFile || path.Path == pair.KeyFile):
+		return fmt.Errorf("--tls-cert-file and --tls-private-key-file: %w", err)
+	case strings.Contains(err.Error(), syscall.EADDRINUSE.Error()):
+		return fmt.Errorf("port %d of %s is in use: stop what uses it, or choose another with --secure-port", port, o.Recommended.SecureServing.BindAddress)
 	}
 	return err
 }
@@ -312,6 +336,58 @@ func (o *ServeOptions) checkMainAPI(ctx context.Context) error {
 	return nil
 }
 
+// checkEtcd says in one line why etcd can't be used, if none of its servers can.
+// The storage would try for 20 seconds, and then say that the time is over.
+func (o *ServeOptions) checkEtcd(ctx context.Context) error {
+	etcd := o.Recommended.Etcd.StorageConfig.Transport
+	if !o.etcd() || o.Recommended.EgressSelector.ConfigFile != "" {
+		return nil // it isn't used, or not reached from here
+	}
+	tlsConfig, err := transport.TLSConfigFor(&transport.Config{TLS: transport.TLSConfig{
+		CAFile: etcd.TrustedCAFile, CertFile: etcd.CertFile, KeyFile: etcd.KeyFile,
+	}})
+	if err != nil {
+		return fmt.Errorf("--etcd-cafile, --etcd-certfile and --etcd-keyfile: %w", err)
+	}
+	client := http.Client{Transport: &http.Transport{TLSClientConfig: tlsConfig, DisableKeepAlives: true}, Timeout: checkTimeout}
+	var errs []error
+	for _, server := range etcd.ServerList {
+		err := probeEtcd(ctx, &client, server)
+		if err == nil {
+			return nil
+		}
+		errs = append(errs, err)
+	}
+	return o.explainEtcd(utilerrors.NewAggregate(errs))
+}
+
+// probeEtcd fails if no connection can be made. What comes by it is left to the
+// storage to judge: an answer to a plain HTTP request needn't be one of etcd.
+func probeEtcd(ctx context.Context, client *http.Client, server string) error {
+	if !strings.HasPrefix(server, "http://") && !strings.HasPrefix(server, "https://") {
+		return nil // a unix socket, for example
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(server, "/")+"/version", nil)
+	if err != nil {
+		return err
+	}
+	response, err := client.Do(request)
+	if err == nil {
+		response.Body.Close()
+		return nil
+	}
+	_, network := errors.AsType[net.Error](errors.Unwrap(err))
+	_, certificate := errors.AsType[*tls.CertificateVerificationError](err)
+	if network || certificate {
+		return errors.Unwrap(err) // without the URL, which is none of etcd's own
+	}
+	return nil
+}
+
+func (o *ServeOptions) explainEtcd(err error) error {
+	return fmt.Errorf("etcd at %s can't be used, check --etcd-servers, --etcd-cafile, --etcd-certfile and --etcd-keyfile: %w", strings.Join(o.Recommended.Etcd.StorageConfig.Transport.ServerList, ","), err)
+}
+
 func mainAPIConfig(kubeconfig string) (*rest.Config, error) {
 	if kubeconfig == "" {
 		config, err := rest.InClusterConfig()
@@ -321,7 +397,10 @@ func mainAPIConfig(kubeconfig string) (*rest.Config, error) {
 		return config, nil
 	}
 	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
-	if err != nil {
+	switch {
+	case clientcmd.IsEmptyConfig(err):
+		return nil, fmt.Errorf("--kubeconfig %s: it names no server", kubeconfig)
+	case err != nil:
 		return nil, fmt.Errorf("--kubeconfig %s: %w", kubeconfig, err)
 	}
 	return config, nil
