@@ -44,7 +44,8 @@ type upOptions struct {
 }
 
 // Info is controlplane.json, which lies in the directory from when everything is
-// ready until up ends. Stopping and starting a component rewrites it.
+// ready until up ends. Stopping and starting a component rewrites it. One that
+// was left by kill -9 is gone when the next up has begun.
 type Info struct {
 	PID int    `json:"pid"` // the launcher's
 	Dir string `json:"dir"`
@@ -284,6 +285,8 @@ func newCluster(o upOptions, dir string, certs pki) (*cluster, func(), error) {
 			"--proxy-client-key-file=" + certs.frontProxyClient().KeyFile,
 			// With it, an ExternalName service behind an APIService is refused.
 			"--enable-aggregator-routing=false",
+			// Else its end waits for clients' watches until it is killed.
+			"--shutdown-watch-termination-grace-period=1s",
 		}, o.APIServerArgs),
 	}
 	ready := map[string]func(context.Context) error{
@@ -359,11 +362,20 @@ func (c *cluster) writeInfo() error {
 	return writeFile(infoFile(c.info.Dir), append(content, '\n'))
 }
 
-// stop stops everything, what needs others first.
+// stop stops everything, what needs others first. When one is missing already,
+// an orderly end would only wait for it.
 func (c *cluster) stop() {
 	os.Remove(infoFile(c.info.Dir))
+	signal := syscall.SIGTERM
+	for _, component := range c.components {
+		if !component.running() {
+			signal = syscall.SIGKILL
+		} else {
+			component.process.Signal(syscall.SIGCONT)
+		}
+	}
 	for _, component := range slices.Backward(c.components) {
-		component.stop(syscall.SIGTERM)
+		component.stop(signal)
 	}
 }
 
@@ -397,35 +409,32 @@ func (c *cluster) handle(ctx context.Context, r request) error {
 }
 
 // reserve takes a port of 127.0.0.1, any free one for 0, until the descriptor is
-// closed. A component can listen on it meanwhile if it sets SO_REUSEPORT. So no
-// other program gets the port between its choice and its use, nor while the
-// component is stopped.
+// closed. A component can listen on it meanwhile if it sets SO_REUSEPORT. So the
+// kernel gives the port to no one who asks for any free one, neither between its
+// choice and its use nor while the component is stopped.
 func reserve(wanted int) (fd, port int, err error) {
-	fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return 0, 0, err
+		return -1, 0, err
 	}
-	defer func() {
-		if err != nil {
-			unix.Close(fd)
-		}
-	}()
 	// Connections of the run before don't matter, listeners do.
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return 0, 0, err
+	err = unix.SetsockoptInt(socket, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	if err == nil {
+		err = unix.Bind(socket, &unix.SockaddrInet4{Port: wanted, Addr: [4]byte{127, 0, 0, 1}})
 	}
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: wanted, Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		return 0, 0, err
+	if err == nil {
+		// After bind, which would else share a port that another control plane has.
+		err = unix.SetsockoptInt(socket, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 	}
-	// After bind, which would else share a port that another control plane has.
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
-		return 0, 0, err
+	var name unix.Sockaddr
+	if err == nil {
+		name, err = unix.Getsockname(socket)
 	}
-	name, err := unix.Getsockname(fd)
 	if err != nil {
-		return 0, 0, err
+		unix.Close(socket)
+		return -1, 0, err
 	}
-	return fd, name.(*unix.SockaddrInet4).Port, nil
+	return socket, name.(*unix.SockaddrInet4).Port, nil
 }
 
 // lock takes the file's lock, which ends with this process at the latest.

@@ -108,6 +108,18 @@ func (c *component) waitReady(ctx context.Context) error {
 	}
 }
 
+func (c *component) running() bool {
+	if c.process == nil {
+		return false
+	}
+	select {
+	case <-c.process.ended:
+		return false
+	default:
+		return true
+	}
+}
+
 // stop ends the program by the signal, and waits for its end. What doesn't heed
 // the signal in time is killed.
 func (c *component) stop(signal syscall.Signal) {
