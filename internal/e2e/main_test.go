@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -17,8 +18,14 @@ import (
 
 // binaries are the programs under test, built once for all tests.
 var binaries struct {
-	server, plugin, kubectl string
+	server, plugin, kubectl, controlplane string
 }
+
+// root is the repository's.
+var root string
+
+// atEnd runs when all tests have ended, the last first.
+var atEnd []func()
 
 func TestMain(m *testing.M) {
 	os.Exit(runTests(m))
@@ -31,7 +38,7 @@ func runTests(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	root, err := filepath.Abs("../..")
+	root, err = filepath.Abs("../..")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -39,6 +46,7 @@ func runTests(m *testing.M) int {
 	binaries.server = filepath.Join(dir, "aaserver")
 	binaries.plugin = filepath.Join(dir, "kubectl-target")
 	binaries.kubectl = filepath.Join(root, "bin", "controlplane", "kubectl")
+	binaries.controlplane = filepath.Join(root, "bin", "controlplane", "controlplane")
 	if _, err := os.Stat(binaries.kubectl); err != nil {
 		fmt.Fprintf(os.Stderr, "kubectl isn't built (run make controlplane): %v\n", err)
 		return 1
@@ -52,45 +60,35 @@ func runTests(m *testing.M) int {
 			return 1
 		}
 	}
-	return m.Run()
+	code := m.Run()
+	for _, f := range slices.Backward(atEnd) {
+		f()
+	}
+	return code
 }
 
-// server is a running standalone server.
-type server struct {
+// client is somebody who uses a server.
+type client struct {
 	t          testing.TB
-	dir        string
+	dir        string // the home directory
 	kubeconfig string
-	cmd        *exec.Cmd
-	log        *os.File
-	ended      chan struct{}
-	err        error // set before ended is closed
+}
+
+// server is a running server, and its administrator.
+type server struct {
+	*client
+	cmd   *exec.Cmd
+	log   *os.File
+	ended chan struct{}
+	err   error // set before ended is closed
 }
 
 // startServer starts a server on a data directory and waits until it is ready.
 func startServer(t testing.TB, dir string, args ...string) *server {
 	t.Helper()
-	log, err := os.CreateTemp(t.TempDir(), "server-*.log")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &server{t: t, dir: dir, kubeconfig: filepath.Join(dir, "kubeconfig"), log: log, ended: make(chan struct{})}
-	s.cmd = exec.Command(binaries.server, append([]string{"standalone", "--data-dir", dir, "--secure-port", "0"}, args...)...)
-	s.cmd.Stdout, s.cmd.Stderr = log, log
-	if err := s.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		s.err = s.cmd.Wait()
-		close(s.ended)
-	}()
-	t.Cleanup(func() {
-		s.signal(syscall.SIGKILL)
-		<-s.ended
-		if t.Failed() {
-			t.Logf("the server's log:\n%s", tail(s.output(), 8<<10))
-		}
-		log.Close()
-	})
+	admin := &client{t: t, dir: dir, kubeconfig: filepath.Join(dir, "kubeconfig")}
+	s := launch(t, admin, append([]string{"standalone", "--data-dir", dir, "--secure-port", "0"}, args...)...)
+	t.Cleanup(s.kill)
 	s.eventually("the server is ready", 60*time.Second, func() error {
 		select {
 		case <-s.ended:
@@ -103,6 +101,35 @@ func startServer(t testing.TB, dir string, args ...string) *server {
 		return nil
 	})
 	return s
+}
+
+// launch starts the server's binary. The caller sees to its end.
+func launch(t testing.TB, admin *client, args ...string) *server {
+	t.Helper()
+	log, err := os.CreateTemp(t.TempDir(), "server-*.log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &server{client: admin, cmd: exec.Command(binaries.server, args...), log: log, ended: make(chan struct{})}
+	s.cmd.Stdout, s.cmd.Stderr = log, log
+	if err := s.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		s.err = s.cmd.Wait()
+		close(s.ended)
+	}()
+	return s
+}
+
+// kill ends the server at once, and shows its log if the test has failed.
+func (s *server) kill() {
+	s.signal(syscall.SIGKILL)
+	<-s.ended
+	if s.t.Failed() {
+		s.t.Logf("the server's log:\n%s", tail(s.output(), 8<<10))
+	}
+	s.log.Close()
 }
 
 func (s *server) output() string {
@@ -133,8 +160,8 @@ func (s *server) stop(sig syscall.Signal, within time.Duration) {
 }
 
 // eventually polls until f succeeds.
-func (s *server) eventually(what string, within time.Duration, f func() error) {
-	s.t.Helper()
+func eventually(t testing.TB, what string, within time.Duration, f func() error) {
+	t.Helper()
 	deadline := time.Now().Add(within)
 	for {
 		err := f()
@@ -142,10 +169,15 @@ func (s *server) eventually(what string, within time.Duration, f func() error) {
 			return
 		}
 		if time.Now().After(deadline) {
-			s.t.Fatalf("after %s, not yet: %s: %v", within, what, err)
+			t.Fatalf("after %s, not yet: %s: %v", within, what, err)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
+}
+
+func (c *client) eventually(what string, within time.Duration, f func() error) {
+	c.t.Helper()
+	eventually(c.t, what, within, f)
 }
 
 // result is what a command printed and returned.
@@ -154,58 +186,58 @@ type result struct {
 	code           int
 }
 
-// command prepares a program with the server's kubeconfig, and nothing else of
+// command prepares a program with the client's kubeconfig, and nothing else of
 // the environment that could change what it does.
-func (s *server) command(ctx context.Context, program string, args ...string) *exec.Cmd {
+func (c *client) command(ctx context.Context, program string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = []string{
-		"KUBECONFIG=" + s.kubeconfig,
-		"HOME=" + s.dir,
+		"KUBECONFIG=" + c.kubeconfig,
+		"HOME=" + c.dir,
 		"PATH=" + filepath.Dir(binaries.plugin) + ":" + os.Getenv("PATH"),
 	}
 	cmd.WaitDelay = 5 * time.Second
 	return cmd
 }
 
-func (s *server) run(program, stdin string, args ...string) result {
-	s.t.Helper()
+func (c *client) run(program, stdin string, args ...string) result {
+	c.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
 	defer cancel()
-	cmd := s.command(ctx, program, args...)
+	cmd := c.command(ctx, program, args...)
 	cmd.Stdin = strings.NewReader(stdin)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()
 	if err != nil {
 		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
-			s.t.Fatalf("%s %q: %v", filepath.Base(program), args, err)
+			c.t.Fatalf("%s %q: %v", filepath.Base(program), args, err)
 		}
 	}
 	if ctx.Err() != nil {
-		s.t.Fatalf("%s %q didn't end\nstdout: %s\nstderr: %s", filepath.Base(program), args, stdout.String(), stderr.String())
+		c.t.Fatalf("%s %q didn't end\nstdout: %s\nstderr: %s", filepath.Base(program), args, stdout.String(), stderr.String())
 	}
 	return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
 }
 
 // kubectl runs kubectl and expects it to succeed; it returns what it printed.
-func (s *server) kubectl(args ...string) string {
-	s.t.Helper()
-	return s.kubectlStdin("", args...)
+func (c *client) kubectl(args ...string) string {
+	c.t.Helper()
+	return c.kubectlStdin("", args...)
 }
 
-func (s *server) kubectlStdin(stdin string, args ...string) string {
-	s.t.Helper()
-	r := s.run(binaries.kubectl, stdin, args...)
+func (c *client) kubectlStdin(stdin string, args ...string) string {
+	c.t.Helper()
+	r := c.run(binaries.kubectl, stdin, args...)
 	if r.code != 0 {
-		s.t.Fatalf("kubectl %q: exit code %d\nstdout: %s\nstderr: %s", args, r.code, r.stdout, r.stderr)
+		c.t.Fatalf("kubectl %q: exit code %d\nstdout: %s\nstderr: %s", args, r.code, r.stdout, r.stderr)
 	}
 	return r.stdout
 }
 
 // target runs the plugin, whatever its exit code.
-func (s *server) target(args ...string) result {
-	s.t.Helper()
-	return s.run(binaries.plugin, "", args...)
+func (c *client) target(args ...string) result {
+	c.t.Helper()
+	return c.run(binaries.plugin, "", args...)
 }
 
 func tail(text string, most int) string {
