@@ -35,6 +35,9 @@ func postgres(t *testing.T) string {
 		return err == nil
 	})
 	if i < 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("no PostgreSQL server is installed: .ci/run is to see to that")
+		}
 		t.Skip("no PostgreSQL server is installed")
 	}
 	data := shortDir(t)
