@@ -117,6 +117,11 @@ func up(ctx context.Context, o upOptions, out io.Writer) error {
 		}
 		o.BinDir = filepath.Dir(self)
 	}
+	binDir, err := filepath.Abs(o.BinDir)
+	if err != nil {
+		return err
+	}
+	o.BinDir = binDir
 	dir, err := filepath.Abs(o.Dir)
 	if err != nil {
 		return err

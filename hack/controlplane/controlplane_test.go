@@ -372,6 +372,17 @@ func TestControlPlane(t *testing.T) {
 		second.stop(syscall.SIGKILL)
 		wantNothingLeft(t, dir)
 	})
+	t.Run("an interrupt while it starts ends everything", func(t *testing.T) {
+		starting := startLauncher(t, dir)
+		if line := <-starting.lines; !strings.HasPrefix(line, "etcd ") {
+			t.Errorf("the first line is %q", line)
+		}
+		output, state := starting.stop(syscall.SIGINT)
+		if state.ExitCode() != 0 || !slices.Contains(output, "Stopped.") {
+			t.Errorf("%s after %q: %s", state, output, &starting.stderr)
+		}
+		wantNothingLeft(t, dir)
+	})
 	t.Run("a component that ends by itself ends everything", func(t *testing.T) {
 		// After kill -9.
 		third := startLauncher(t, dir, "--no-controller-manager")
