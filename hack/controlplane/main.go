@@ -88,7 +88,7 @@ what a role gives the user "user".`,
 	cmd.Flags().StringVar(&o.BinDir, "bin-dir", "", "where the components' programs are (default: beside this one)")
 	cmd.Flags().IntVar(&o.APIServerPort, "apiserver-port", 0, "kube-apiserver's port (default: a free one)")
 	cmd.Flags().IntVar(&o.EtcdPort, "etcd-port", 0, "etcd's port (default: a free one)")
-	cmd.Flags().StringArrayVar(&o.APIServerArgs, "apiserver-arg", nil, "a flag for kube-apiserver, as --apiserver-arg=--request-timeout=5s; repeatable, and wins over what is set here")
+	cmd.Flags().StringArrayVar(&o.APIServerArgs, "apiserver-arg", nil, "a flag for kube-apiserver, as --apiserver-arg=--request-timeout=5s; repeatable; a value wins over what is set here, a list is added to it")
 	cmd.Flags().StringArrayVar(&o.ControllerManagerArgs, "controller-manager-arg", nil, "the same for kube-controller-manager")
 	cmd.Flags().BoolVar(&o.NoControllerManager, "no-controller-manager", false, "run no kube-controller-manager: namespaces then have no service accounts, and what is deleted keeps its dependents")
 	return cmd
