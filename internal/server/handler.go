@@ -1,10 +1,14 @@
 package server
 
 import (
+	"encoding/json"
 	"net/http"
+	"strconv"
 	"strings"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/sets"
+	"k8s.io/apiserver/pkg/endpoints/responsewriter"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/apiserver/pkg/server/filters"
 
@@ -30,7 +34,7 @@ var longRunning = filters.BasicLongRunningRequestCheck(
 // buildHandlerChain puts the rewriting of second names before all else, so that
 // authorization, admission and audit see one name for one thing.
 func buildHandlerChain(api http.Handler, config *genericapiserver.Config) http.Handler {
-	return withCanonicalNames(genericapiserver.DefaultBuildHandlerChain(api, config))
+	return withCanonicalNames(withShortStatuses(genericapiserver.DefaultBuildHandlerChain(api, config)))
 }
 
 func withCanonicalNames(next http.Handler) http.Handler {
@@ -53,8 +57,9 @@ func canonicalPath(path string) (string, bool) {
 	if !ok {
 		return "", false
 	}
+	// However many slashes end it: the router takes them all.
 	// <version>/namespaces/<namespace>/targets/<name>/<subresource>
-	parts := strings.Split(strings.TrimSuffix(rest, "/"), "/")
+	parts := strings.Split(strings.TrimRight(rest, "/"), "/")
 	if len(parts) != 6 || parts[1] != "namespaces" || parts[3] != "targets" {
 		return "", false
 	}
@@ -64,4 +69,84 @@ func canonicalPath(path string) (string, bool) {
 	}
 	parts[5] = canonical
 	return "/apis/" + v1.GroupName + "/" + strings.Join(parts, "/"), true
+}
+
+// maxStatus is how much of a refused upgrade's answer WebSocket clients built on
+// gorilla keep, in bytes: of a longer one, kubectl would show nothing.
+const maxStatus = 1024
+
+// withShortStatuses shortens the answers to refused upgrades. Their messages
+// repeat what the client sent, and that may be long.
+func withShortStatuses(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Upgrade") == "" {
+			next.ServeHTTP(w, r)
+			return
+		}
+		short := &shortStatus{ResponseWriter: w}
+		next.ServeHTTP(responsewriter.WrapForHTTP1Or2(short), r)
+		short.finish()
+	})
+}
+
+// shortStatus holds an error's answer back until it is whole. It implements
+// responsewriter.UserProvidedDecorator.
+type shortStatus struct {
+	http.ResponseWriter
+	code int // of an error
+	body []byte
+}
+
+func (w *shortStatus) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *shortStatus) WriteHeader(code int) {
+	if code >= http.StatusBadRequest {
+		w.code = code
+		return
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+func (w *shortStatus) Write(p []byte) (int, error) {
+	if w.code == 0 {
+		return w.ResponseWriter.Write(p)
+	}
+	w.body = append(w.body, p...)
+	return len(p), nil
+}
+
+func (w *shortStatus) finish() {
+	if w.code == 0 {
+		return
+	}
+	body := shorten(w.body)
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.ResponseWriter.WriteHeader(w.code)
+	w.ResponseWriter.Write(body)
+}
+
+// shorten makes a Status fit, by its message.
+func shorten(body []byte) []byte {
+	if len(body) <= maxStatus {
+		return body
+	}
+	var status metav1.Status
+	if err := json.Unmarshal(body, &status); err != nil || status.Status == "" {
+		return body[:maxStatus]
+	}
+	// Details repeat the message.
+	status.Details = nil
+	message := status.Message
+	for size := len(message); ; size /= 2 {
+		if size < len(message) {
+			status.Message = strings.ToValidUTF8(message[:size], "") + "…"
+		}
+		short, err := json.Marshal(status)
+		if err != nil {
+			return body[:maxStatus]
+		}
+		if len(short) <= maxStatus || size == 0 {
+			return short
+		}
+	}
 }

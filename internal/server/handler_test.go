@@ -1,19 +1,26 @@
 package server
 
 import (
+	"encoding/json"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apiserver/pkg/endpoints/request"
 )
 
 func TestSecondNamesAreRewritten(t *testing.T) {
 	const targets = "/apis/streaming.aaserver.io/v1/namespaces/shop/targets"
 	for path, want := range map[string]string{
-		targets + "/web/logs":         targets + "/web/log",
-		targets + "/web/logs/":        targets + "/web/log",
-		targets + "/web/port-forward": targets + "/web/portforward",
+		targets + "/web/logs":            targets + "/web/log",
+		targets + "/web/logs/":           targets + "/web/log",
+		targets + "/web/logs//":          targets + "/web/log",
+		targets + "/web/port-forward///": targets + "/web/portforward",
+		targets + "/web/port-forward":    targets + "/web/portforward",
 		"/apis/streaming.aaserver.io/v1alpha1/namespaces/shop/targets/web/logs": "/apis/streaming.aaserver.io/v1alpha1/namespaces/shop/targets/web/log",
 		targets + "/web/log":           targets + "/web/log",
 		targets + "/logs":              targets + "/logs",
@@ -45,5 +52,41 @@ func TestLongRunning(t *testing.T) {
 		if got := longRunning(httptest.NewRequest("GET", "/", nil), info); got != want {
 			t.Errorf("long-running of %q = %t, want %t", subresource, got, want)
 		}
+	}
+}
+
+func TestRefusedUpgradesAnswerShortly(t *testing.T) {
+	long := strings.Repeat("é<", 3000)
+	status := apierrors.NewNotFound(schema.GroupResource{Group: "streaming.aaserver.io", Resource: "targets"}, long).Status()
+	body, err := json.Marshal(status)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer := func(upgrade string) *httptest.ResponseRecorder {
+		request := httptest.NewRequest("GET", "/", nil)
+		if upgrade != "" {
+			request.Header.Set("Upgrade", upgrade)
+		}
+		recorder := httptest.NewRecorder()
+		withShortStatuses(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(http.StatusNotFound)
+			w.Write(body)
+		})).ServeHTTP(recorder, request)
+		return recorder
+	}
+	got := answer("websocket")
+	var short metav1.Status
+	if err := json.Unmarshal(got.Body.Bytes(), &short); err != nil {
+		t.Fatalf("%v in %s", err, got.Body)
+	}
+	if got.Code != http.StatusNotFound || got.Body.Len() > maxStatus || short.Code != http.StatusNotFound || short.Reason != metav1.StatusReasonNotFound {
+		t.Errorf("got %d, %d bytes, status %+v", got.Code, got.Body.Len(), short)
+	}
+	if !strings.HasPrefix(short.Message, `targets.streaming.aaserver.io "é<é<`) || !strings.HasSuffix(short.Message, "…") {
+		t.Errorf("message %q", short.Message)
+	}
+	if plain := answer(""); plain.Body.String() != string(body) {
+		t.Error("what is no upgrade was shortened too")
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"sync"
+	"time"
 
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apiserver/pkg/registry/rest"
@@ -131,6 +132,9 @@ func (c *connector) command(ctx context.Context, name, instance, subresource str
 	}), nil
 }
 
+// firstSizeTimeout is how long a terminal waits for its first size.
+const firstSizeTimeout = 200 * time.Millisecond
+
 // runCommand adapts the wire's streams to the driver's, and the driver's error
 // to the wire's, so that neither package knows the other.
 func runCommand(ctx context.Context, run driver.Run, stdio streaming.Stdio, s *session.Session) error {
@@ -141,8 +145,18 @@ func runCommand(ctx context.Context, run driver.Run, stdio streaming.Stdio, s *s
 	}
 	if stdio.Resize != nil {
 		ctx, cancel := context.WithCancel(ctx)
-		sizes := make(chan driver.TerminalSize)
+		sizes := make(chan driver.TerminalSize, 1)
 		local.Resize = sizes
+		// A program that asks for the size at once would get none otherwise:
+		// clients send it right after the upgrade.
+		select {
+		case size, ok := <-stdio.Resize:
+			if ok {
+				sizes <- driver.TerminalSize(size)
+			}
+		case <-time.After(firstSizeTimeout):
+		case <-ctx.Done():
+		}
 		var forwarding sync.WaitGroup
 		forwarding.Go(func() {
 			defer close(sizes)
