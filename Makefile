@@ -20,9 +20,13 @@ run: build ## a server without a cluster, with targets to try
 test-unit: ## the fast part of the tests
 	go test -short $$(go list ./... | grep -v /internal/e2e)
 
+# Where goroutines meet: these run with the race detector.
+RACED := ./streaming/... ./registry/... ./internal/agent/... ./internal/driver/... ./internal/session/...
+
 test: controlplane ## all tests
-	go test -race ./streaming/... ./registry/... ./internal/agent/... ./internal/driver/... ./internal/session/...
-	go test $$(go list ./... | grep -v -e /streaming$$ -e /registry/ -e /internal/agent -e /internal/driver -e /internal/session)
+	go test -race -short $(RACED)
+	go test $$(go list ./...)
+	GOWORK=off go -C hack/controlplane test ./...
 
 controlplane: ## a real kube-apiserver, kube-controller-manager, kubectl and etcd
 	hack/controlplane/build.sh
@@ -35,6 +39,7 @@ bench: ## the benchmarks, ours beside the peers' in one run
 
 update: ## regenerate what is generated
 	hack/update.sh
+	go test ./charts -update
 
 verify: ## fail if anything generated, formatted or linted is out of date
 	hack/verify.sh

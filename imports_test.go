@@ -62,6 +62,8 @@ var layers = []layer{
 		reason: "sessions are counted without knowing what they carry"},
 	{packages: "internal/cli", may: []string{"apis/generated/...", "apis/streaming/v1", "streaming", "internal/version"}, never: []string{"k8s.io/apiserver"},
 		reason: "the plugin is a client: it must stay small and use the public API only"},
+	{packages: "charts", may: nil,
+		reason: "the chart's tests run Helm; nothing imports them"},
 	{packages: "internal/e2e", may: nil,
 		reason: "the end-to-end tests use what users use"},
 }

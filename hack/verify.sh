@@ -15,7 +15,9 @@ unformatted=$(git ls-files --cached --others --exclude-standard '*.go' | xargs g
 [ -z "$unformatted" ] || fail "not formatted (run gofmt -w): $unformatted"
 
 echo "go mod tidy"
-go mod tidy -diff >/dev/null || fail "go.mod or go.sum isn't tidy: run go mod tidy"
+for module in . hack/controlplane hack/tools; do
+  GOWORK=off go -C "$module" mod tidy -diff >/dev/null || fail "go.mod or go.sum of $module isn't tidy: run go mod tidy"
+done
 
 echo "go vet"
 go vet ./... || fail "go vet has complaints"
@@ -30,5 +32,8 @@ trap 'rm -rf "$copy"' EXIT
 git ls-files --cached --others --exclude-standard -z -- go.mod go.sum apis hack | xargs -0 cp --parents -t "$copy"
 (cd "$copy" && hack/update.sh) || fail "the generators have failed"
 diff -r apis "$copy/apis" || fail "generated code is stale: run make update"
+
+echo "chart"
+go test ./charts || fail "the chart's golden files, README or manifest are stale: run make update"
 
 exit $failed
