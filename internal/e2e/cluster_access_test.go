@@ -785,10 +785,9 @@ func refusal(response *http.Response) string {
 func upgrade(t *testing.T, c *client, protocol, path string, header http.Header) (int, string) {
 	t.Helper()
 	webSocket, spdyProtocol := "v5.channel.k8s.io", "v4.channel.k8s.io"
-	switch bare, _, _ := strings.Cut(path, "?"); bare[strings.LastIndex(bare, "/")+1:] {
-	case "portforward", "port-forward":
+	if bare, _, _ := strings.Cut(path, "?"); strings.Contains(bare, "forward") {
 		webSocket, spdyProtocol = "SPDY/3.1+portforward.k8s.io", "portforward.k8s.io"
-	case "log", "logs":
+	} else if strings.Contains(bare, "/log") {
 		webSocket = "binary.k8s.io"
 	}
 	if protocol == "WebSocket" {
@@ -1053,6 +1052,12 @@ spec:
 		for _, name := range []string{"portforward", "port-forward", "port-forward/", "port-forward?ports=8080"} {
 			code, message := upgrade(t, admin, protocol, targetPath(namespace, "web", name), nil)
 			if code != http.StatusForbidden || !strings.Contains(message, "nobody forwards ports here") {
+				t.Errorf("%s over %s: %d %s", name, protocol, code, message)
+			}
+		}
+		// However the name is written.
+		for _, name := range []string{"port-forward//", "port-forward/x", "/port-forward", "./port-forward", "x/../port-forward", "%70ort-forward", "port%2Dforward", "port-forward%2F", "%2Fport-forward", "port-forward%3Fx"} {
+			if code, message := upgrade(t, admin, protocol, targetPath(namespace, "web", name), nil); code < 300 {
 				t.Errorf("%s over %s: %d %s", name, protocol, code, message)
 			}
 		}
