@@ -9,11 +9,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
@@ -22,6 +25,9 @@ import (
 // envHelperAgent has the test binary be an agent, which a test can kill. Its
 // value is the marker for the processes to start.
 const envHelperAgent = "AASERVER_TEST_AGENT"
+
+// envHelperStop has the command beside the instance stop its shim.
+const envHelperStop = "AASERVER_TEST_STOP"
 
 // family is a script that starts processes of all degrees of detachment, all
 // of which can be told by the marker, and prints "ready" when they run.
@@ -56,7 +62,12 @@ func helperAgent() {
 	fmt.Println("instance", string(line.Data))
 	run, err := conn.(driver.Execer).Exec(context.Background(), driver.ExecOptions{Command: []string{"sh", "-c", family(marker + "2")}})
 	check(err)
-	check(run(context.Background(), driver.Stdio{Stdout: os.Stdout}))
+	if os.Getenv(envHelperStop) != "" {
+		// The shim has said that it has started the command when that can read.
+		run, err = conn.(driver.Execer).Exec(context.Background(), driver.ExecOptions{Command: []string{"sh", "-c", "read go; kill -STOP $PPID; " + family(marker+"2")}})
+		check(err)
+	}
+	check(run(context.Background(), driver.Stdio{Stdin: io.NopCloser(strings.NewReader("go\n")), Stdout: os.Stdout}))
 }
 
 // marked returns the processes whose command line contains a text.
@@ -105,9 +116,15 @@ func needPgrep(t *testing.T) {
 
 func TestNothingOutlivesAKilledAgent(t *testing.T) {
 	needPgrep(t)
+	t.Run("as it is", func(t *testing.T) { killAgent(t) })
+	t.Run("whose shim was stopped by its command", func(t *testing.T) { killAgent(t, envHelperStop+"=1") })
+}
+
+func killAgent(t *testing.T, env ...string) {
 	marker := newMarker()
 	agent := exec.Command("/proc/self/exe")
 	agent.Env = append(os.Environ(), envHelperAgent+"="+marker)
+	agent.Env = append(agent.Env, env...)
 	out, err := agent.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -180,6 +197,11 @@ func shimOf(t *testing.T, d *Driver, id driver.InstanceID) int {
 	d.mu.Lock()
 	pid := d.instances[id].run.child.PID
 	d.mu.Unlock()
+	return parentOf(t, pid)
+}
+
+func parentOf(t *testing.T, pid int) int {
+	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		t.Fatal(err)
@@ -239,6 +261,150 @@ func TestForkBombIsEnded(t *testing.T) {
 	}
 	if pids := marked(t, marker); len(pids) > 0 {
 		t.Errorf("%d processes are left", len(pids))
+	}
+}
+
+// envHelperHops has the test binary start so many chains of processes, each of
+// which forks, and exits at once; it itself waits.
+const envHelperHops = "AASERVER_TEST_HOPS"
+
+func helperHops() {
+	n, err := strconv.Atoi(os.Getenv(envHelperHops))
+	if err != nil {
+		os.Exit(2)
+	}
+	os.Stdout.WriteString("ready\n")
+	for range n {
+		if pid, _, _ := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0); pid != 0 {
+			continue
+		}
+		// There is nothing of Go's runtime here. The end is for a test that
+		// fails.
+		for range 4000 {
+			pid, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0)
+			if pid != 0 || errno != 0 {
+				break
+			}
+			syscall.RawSyscall(syscall.SYS_SETSID, 0, 0, 0)
+		}
+		syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
+	}
+	for {
+		syscall.Pause()
+	}
+}
+
+// TestWhatForksOnIsEnded is about processes that have a successor before they
+// are killed.
+func TestWhatForksOnIsEnded(t *testing.T) {
+	const chains = 16
+	for name, killShim := range map[string]bool{"by its shim": false, "by the agent": true} {
+		t.Run(name, func(t *testing.T) {
+			marker := newMarker()
+			d := newDriver(t, Options{})
+			source := v1.ProcessSource{Command: []string{"sleep", "1000"}, Env: []v1.EnvVar{{Name: envHelperHops, Value: fmt.Sprint(chains)}}}
+			target := newTarget(source)
+			start(t, d, target)
+			self, err := os.Executable()
+			if err != nil {
+				t.Fatal(err)
+			}
+			run, err := open(t, d, target).Exec(t.Context(), driver.ExecOptions{Command: []string{self, marker}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			r, w := io.Pipe()
+			done := make(chan error, 1)
+			go func() { done <- run(ctx, driver.Stdio{Stdout: w}) }()
+			io.ReadFull(r, make([]byte, 6))
+			pids := marked(t, marker)
+			if killShim {
+				// The first is the one that waits, unless pids have come round.
+				syscall.Kill(parentOf(t, slices.Min(pids)), syscall.SIGKILL)
+			} else {
+				cancel()
+			}
+			defer cancel()
+			for peak := len(pids); ; {
+				select {
+				case <-done:
+					if left := marked(t, marker); len(left) > 0 {
+						t.Errorf("%d processes are left", len(left))
+					}
+					if peak > 5*chains {
+						t.Errorf("there were %d processes at once", peak)
+					}
+					return
+				default:
+					peak = max(peak, len(marked(t, marker)))
+				}
+			}
+		})
+	}
+}
+
+// envHelperThief has the test binary try to take its parent's files, and those
+// of itself.
+const envHelperThief = "AASERVER_TEST_THIEF"
+
+func helperThief() {
+	if os.Getenv(envHelperThief) == "agent" {
+		// An agent that runs it as who the agent itself is.
+		dir, err := os.MkdirTemp("", "agent")
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		defer os.RemoveAll(dir)
+		d, err := New(Options{Dir: dir})
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		target := newTarget(v1.ProcessSource{Command: []string{"sleep", "1000"}, Env: []v1.EnvVar{{Name: envHelperThief, Value: "thief"}}})
+		err = d.Start(context.Background(), driver.Instance{Target: target, Name: "web-0"})
+		if err == nil {
+			var conn driver.Conn
+			if conn, err = d.Open(context.Background(), driver.Request{Target: target, Instance: "web-0"}); err == nil {
+				var run func(context.Context, driver.Stdio) error
+				if run, err = conn.(driver.Execer).Exec(context.Background(), driver.ExecOptions{Command: []string{fmt.Sprintf("/proc/%d/exe", os.Getpid())}}); err == nil {
+					err = run(context.Background(), driver.Stdio{Stdout: os.Stdout})
+				}
+			}
+		}
+		fmt.Println(err)
+		d.Close()
+		os.Exit(0)
+	}
+	for _, pid := range []int{os.Getpid(), os.Getppid()} {
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err == nil {
+			_, err = unix.PidfdGetfd(fd, 2, 0)
+		}
+		fmt.Println(err)
+	}
+	os.Exit(0)
+}
+
+func TestCommandsCannotTakeTheirShimsFiles(t *testing.T) {
+	agent := exec.Command("/proc/self/exe")
+	agent.Env = append(os.Environ(), envHelperThief+"=agent", "TMPDIR=/tmp")
+	if os.Getuid() == 0 {
+		// Nothing is kept from root.
+		agent.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	}
+	agent.Dir = "/"
+	out, err := agent.CombinedOutput()
+	if err != nil {
+		t.Fatal(err, string(out))
+	}
+	lines := strings.Split(string(out), "\n")
+	if lines[0] != "<nil>" {
+		t.Skipf("taking files is impossible here: %q", out)
+	}
+	if want := []string{"<nil>", "operation not permitted", "<nil>", ""}; !slices.Equal(lines, want) {
+		t.Errorf("taking its own, its shim's, and the end: %q, want %q", lines, want)
 	}
 }
 

@@ -13,8 +13,9 @@ import (
 const (
 	// memberBuffer is how many bytes an attached client may be behind.
 	memberBuffer = 1 << 20
-	// memberPatience is how long the instance's output waits for a client that
-	// is that far behind. Then the client has to go.
+	// memberPatience is how long the instance's output waits altogether for a
+	// client that is that far behind, until the client has caught up. Then the
+	// client has to go.
 	memberPatience = 2 * time.Second
 	// chunkSize is how much is delivered at once, about.
 	chunkSize = 64 << 10
@@ -31,8 +32,9 @@ type audience struct {
 type member struct {
 	mu     sync.Mutex // protects what follows
 	chunks []chunk
-	size   int   // of chunks, in bytes
-	err    error // what next returns after the chunks
+	size   int           // of chunks, in bytes
+	waited time.Duration // how long output waited since the client had all of it
+	err    error         // what next returns after the chunks
 
 	ready chan struct{} // has a place for one: look for chunks or err
 	room  chan struct{} // has a place for one: look for room
@@ -96,7 +98,6 @@ func (a *audience) write(stream v1.LogStream, data []byte) {
 }
 
 func (m *member) put(stream v1.LogStream, data []byte) {
-	var timer *time.Timer
 	for {
 		m.mu.Lock()
 		if m.err != nil {
@@ -106,13 +107,16 @@ func (m *member) put(stream v1.LogStream, data []byte) {
 		if m.size+len(data) <= memberBuffer {
 			break
 		}
+		patience := memberPatience - m.waited
 		m.mu.Unlock()
-		if timer == nil {
-			timer = time.NewTimer(memberPatience)
-			defer timer.Stop()
-		}
+		since := time.Now()
+		timer := time.NewTimer(patience)
 		select {
 		case <-m.room:
+			timer.Stop()
+			m.mu.Lock()
+			m.waited += time.Since(since)
+			m.mu.Unlock()
 		case <-timer.C:
 			m.end(driver.Errorf(driver.Unavailable, "the client fell 1 MiB behind the instance's output and was detached: attach again, or read the log"))
 			return
@@ -154,6 +158,7 @@ func (m *member) next(ctx context.Context) (chunk, error) {
 			m.mu.Unlock()
 			return c, nil
 		}
+		m.waited = 0
 		err := m.err
 		m.mu.Unlock()
 		if err != nil {

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -457,5 +458,73 @@ func TestSlowAttachedClientIsDetached(t *testing.T) {
 		}
 	case <-time.After(30 * time.Second):
 		t.Fatal("the client is still attached")
+	}
+}
+
+func TestSlowClientHoldsOutputUpForABoundedTime(t *testing.T) {
+	for name, test := range map[string]struct {
+		pause    time.Duration // between what the client reads
+		catchUp  bool          // whether it now and then reads all that there is
+		attached bool
+	}{
+		"a client that never catches up":     {pause: memberPatience / 4},
+		"a client that catches up each time": {pause: memberPatience / 4, catchUp: true, attached: true},
+		"a client that reads nothing":        {pause: time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newAudience()
+				m := a.join()
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan error, 1)
+				go func() {
+					for ctx.Err() == nil {
+						time.Sleep(test.pause)
+						if _, err := m.next(ctx); err != nil {
+							done <- err
+							return
+						}
+						for test.catchUp && ctx.Err() == nil {
+							m.mu.Lock()
+							none := len(m.chunks) == 0
+							m.mu.Unlock()
+							if _, err := m.next(ctx); err != nil {
+								done <- err
+								return
+							}
+							if none {
+								break
+							}
+						}
+					}
+					done <- context.Cause(ctx)
+				}()
+				data := make([]byte, chunkSize)
+				held := time.Duration(0)
+				for range 40 {
+					// What the client may be behind, and one more.
+					for range memberBuffer/chunkSize + 1 {
+						since := time.Now()
+						a.write(v1.LogStreamStdout, data)
+						held += time.Since(since)
+					}
+					if test.attached {
+						synctest.Wait()
+					}
+				}
+				m.mu.Lock()
+				err := m.err
+				m.mu.Unlock()
+				if attached := err == nil; attached != test.attached {
+					t.Errorf("attached: %t, want %t; held up for %v", attached, test.attached, held)
+				}
+				if !test.attached && held != memberPatience {
+					t.Errorf("the output was held up for %v, want %v", held, memberPatience)
+				}
+				cancel()
+				a.leave(m)
+				<-done
+			})
+		})
 	}
 }

@@ -137,24 +137,31 @@ func openLog(settings *logSettings, dir string, onProblem func()) (*instanceLog,
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
+	var found []*segment
 	for _, e := range entries {
 		s := &segment{path: filepath.Join(dir, e.Name())}
 		if n, err := fmt.Sscanf(e.Name(), "%d.%d.log", &s.run, &s.part); n == 2 && err == nil && e.Name() == segmentName(s.run, s.part) {
-			l.segments = append(l.segments, s)
+			found = append(found, s)
 		}
 	}
-	slices.SortFunc(l.segments, func(a, b *segment) int {
+	slices.SortFunc(found, func(a, b *segment) int {
 		if a.run != b.run {
 			return a.run - b.run
 		}
 		return a.part - b.part
 	})
-	for _, s := range l.segments {
+	for _, s := range found {
 		last, err := s.load()
+		if err == errForeign {
+			// No later run's file gets its name.
+			l.run = max(l.run, s.run)
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
 		l.last = max(l.last, last)
+		l.segments = append(l.segments, s)
 		l.push(s)
 	}
 	return l, nil
@@ -162,21 +169,49 @@ func openLog(settings *logSettings, dir string, onProblem func()) (*instanceLog,
 
 func segmentName(run, part int) string { return fmt.Sprintf("%d.%d.log", run, part) }
 
+// errForeign is about a file that is called like a log's but isn't one.
+var errForeign = errors.New("not a log file")
+
+// openSegment opens a log's file, and no other that its name leads to.
+func openSegment(name string, flag int) (*os.File, os.FileInfo, error) {
+	// A named pipe would have us wait for its other end.
+	f, err := os.OpenFile(name, flag|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		if info, statErr := os.Lstat(name); statErr == nil && !info.Mode().IsRegular() {
+			err = errForeign
+		}
+		return nil, nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errForeign
+	}
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	return f, info, nil
+}
+
 // load reads a segment's first and last times. What is torn at its end, for
-// the power failed while it was written, is cut off.
+// the power failed while it was written, is cut off. A file without any record
+// isn't ours to cut, nor to delete when it is too old: it is left alone.
 func (s *segment) load() (last int64, err error) {
-	f, err := os.OpenFile(s.path, os.O_RDWR, 0)
+	f, info, err := openSegment(s.path, os.O_RDWR)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return 0, err
-	}
 	s.size = info.Size()
 	buf := make([]byte, min(s.size, int64(4*maxRecord)))
-	n, err := f.ReadAt(buf, s.size-int64(len(buf)))
+	n, err := f.ReadAt(buf[:min(len(buf), recordHeader)], 0)
+	if err != nil && err != io.EOF {
+		return 0, err
+	}
+	if h, ok := parseHeader(buf[:n]); ok {
+		s.first, last = h.time, h.time
+	}
+	n, err = f.ReadAt(buf, s.size-int64(len(buf)))
 	if err != nil && err != io.EOF {
 		return 0, err
 	}
@@ -189,19 +224,17 @@ func (s *segment) load() (last int64, err error) {
 		}
 		end = end[:start]
 	}
-	// If none of it is a record it isn't ours to cut.
-	if cut := int64(n - len(end)); cut > 0 && (len(end) > 0 || cut == s.size) {
+	if len(end) == 0 {
+		if s.first == 0 && s.size > 0 {
+			return 0, errForeign
+		}
+		return last, nil
+	}
+	if cut := int64(n - len(end)); cut > 0 {
 		s.size -= cut
 		if err := f.Truncate(s.size); err != nil {
 			return 0, err
 		}
-	}
-	n, err = f.ReadAt(buf[:min(len(buf), recordHeader)], 0)
-	if err != nil && err != io.EOF {
-		return 0, err
-	}
-	if h, ok := parseHeader(buf[:n]); ok {
-		s.first = h.time
 	}
 	return last, nil
 }
@@ -222,7 +255,7 @@ func (l *instanceLog) push(s *segment) {
 func (l *instanceLog) hold(s *segment) error {
 	if s.holds == 0 {
 		if s.path != "" {
-			file, err := os.Open(s.path)
+			file, _, err := openSegment(s.path, os.O_RDONLY)
 			if err != nil {
 				return err
 			}

@@ -430,6 +430,52 @@ func TestTornEndsAreRepaired(t *testing.T) {
 	})
 }
 
+func TestForeignFilesAreLeftAlone(t *testing.T) {
+	const precious = "nothing of ours\n"
+	for name, plant := range map[string]func(name, elsewhere string) error{
+		"a symbolic link": func(name, elsewhere string) error { return os.Symlink(elsewhere, name) },
+		"a hard link":     func(name, elsewhere string) error { return os.Link(elsewhere, name) },
+		"a file":          func(name, _ string) error { return os.WriteFile(name, []byte(precious), 0o600) },
+		"a named pipe":    func(name, _ string) error { return syscall.Mkfifo(name, 0o600) },
+		"a directory":     func(name, _ string) error { return os.Mkdir(name, 0o700) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			elsewhere := filepath.Join(t.TempDir(), "precious.txt")
+			if err := os.WriteFile(elsewhere, []byte(precious), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			dir := t.TempDir()
+			planted := filepath.Join(dir, "7.0.log")
+			if err := plant(planted, elsewhere); err != nil {
+				t.Fatal(err)
+			}
+			l := newLog(t, dir, func(s *logSettings) { s.fileSize, s.files = 100, 2 })
+			run := l.begin()
+			if run != 8 {
+				t.Errorf("the next run is %d, want 8", run)
+			}
+			for _, line := range []string{"one\n", "two\n", "three\n", "four\n", "five\n", "six\n"} {
+				write(t, l, run, v1.LogStreamStdout, line)
+			}
+			if got := texts(readAll(t, l, driver.LogOptions{})); len(got) == 0 || got[len(got)-1] != "six" {
+				t.Errorf("lines %q", got)
+			}
+			info, err := os.Lstat(planted)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if info.Mode().IsRegular() {
+				if got, err := os.ReadFile(planted); err != nil || string(got) != precious {
+					t.Errorf("the file is %q, %v", got, err)
+				}
+			}
+			if got, err := os.ReadFile(elsewhere); err != nil || string(got) != precious {
+				t.Errorf("the other file is %q, %v", got, err)
+			}
+		})
+	}
+}
+
 // fullDisk makes files that take only so many bytes altogether.
 type fullDisk struct {
 	mu   sync.Mutex // protects room

@@ -22,6 +22,12 @@ func TestMain(m *testing.M) {
 	if os.Getenv(envHelperAgent) != "" {
 		helperAgent()
 	}
+	if os.Getenv(envHelperHops) != "" {
+		helperHops()
+	}
+	if os.Getenv(envHelperThief) != "" {
+		helperThief()
+	}
 	goleak.VerifyTestMain(m)
 }
 

@@ -1,7 +1,9 @@
 package shim
 
 import (
+	"errors"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -71,6 +73,9 @@ func Start(title string, command *Command, stdin, stdout, stderr *os.File) (*Chi
 		c.shim.Kill()
 		c.control.Close()
 		c.reap()
+		if _, ok := errors.AsType[*StartError](err); !ok {
+			killOrphans() // it may have started all the same
+		}
 		return nil, err
 	}
 	go c.watch()
@@ -106,12 +111,18 @@ func (c *Child) reap() {
 	delete(own.shims, pid)
 }
 
+// startPatience is how long a shim may take to start a command: it might have
+// been stopped by the command before it could say so.
+const startPatience = 30 * time.Second
+
 // start has the shim start the command.
 func (c *Child) start(command *Command) error {
 	if err := writeFrame(c.control, frameStart, command.encode()); err != nil {
 		return os.NewSyscallError("shim", err)
 	}
+	c.control.SetReadDeadline(time.Now().Add(startPatience))
 	kind, payload, err := readFrame(c.control)
+	c.control.SetReadDeadline(time.Time{})
 	switch {
 	case err != nil:
 		return os.NewSyscallError("the shim ended before it started the command", err)
@@ -153,31 +164,42 @@ func (c *Child) watch() {
 	}
 }
 
+// orphans is held by the one who kills orphans.
+var orphans sync.Mutex
+
 // killOrphans kills what shims that were killed themselves have left to us.
 //
 // They are told from children that other code of this process has started by
 // their session: each shim begins a new one, so nothing below one is ever in
 // ours.
 func killOrphans() (left int) {
-	session, _, _ := syscall.RawSyscall(syscall.SYS_GETSID, 0, 0, 0)
-	orphan := func(p Process) bool {
-		return p.Session != int(session) && !own.shims[p.PID]
-	}
-	find := func() ([]Process, error) {
-		own.Lock()
-		defer own.Unlock()
-		return descendants(orphan)
-	}
-	return killAll(find, func(d time.Duration) bool {
-		time.Sleep(d)
-		found, err := find()
-		for _, p := range found {
-			if p.Parent == os.Getpid() {
-				syscall.Wait4(p.PID, nil, syscall.WNOHANG, nil)
+	orphans.Lock()
+	defer orphans.Unlock()
+	session := sessionOf(0)
+	t := tree{
+		own: func(children []int) []int {
+			own.Lock()
+			defer own.Unlock()
+			return slices.DeleteFunc(children, func(pid int) bool {
+				return sessionOf(pid) == session || own.shims[pid]
+			})
+		},
+		reap: func(children []int) (none bool) {
+			for _, pid := range children {
+				syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
 			}
-		}
-		return err == nil && len(found) == 0
+			return len(children) == 0
+		},
+	}
+	return t.kill(func(d time.Duration) bool {
+		time.Sleep(d)
+		return false
 	})
+}
+
+func sessionOf(pid int) int {
+	session, _, _ := syscall.RawSyscall(syscall.SYS_GETSID, uintptr(pid), 0, 0)
+	return int(session)
 }
 
 // Signal sends a signal to the command, and to nothing that it started.
@@ -189,7 +211,7 @@ func (c *Child) Signal(sig syscall.Signal) {
 }
 
 // killPatience is how long a shim may take to kill everything before it is
-// killed itself: it might have been stopped.
+// killed itself: its command might stop it over and over.
 const killPatience = 10 * time.Second
 
 // Kill kills the command and everything that it started, and returns at once.
@@ -200,6 +222,7 @@ func (c *Child) Kill() {
 		return
 	}
 	writeFrame(c.control, frameKill, nil)
+	c.shim.Signal(syscall.SIGCONT)
 	c.patience = time.AfterFunc(killPatience, func() { c.shim.Kill() })
 }
 

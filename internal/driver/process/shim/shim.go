@@ -23,6 +23,7 @@ import (
 	"errors"
 	"os"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -36,6 +37,8 @@ const Name = "aaserver: shim"
 const controlFD = 3
 
 const (
+	prSetParentDeath    = 1
+	prSetDumpable       = 4
 	prSetName           = 15
 	prSetChildSubreaper = 36
 	sigSetMask          = 2
@@ -59,6 +62,18 @@ func run() int {
 	}
 	syscall.CloseOnExec(controlFD)
 	closeInherited()
+	// A command can stop its shim, which then would see nothing of the agent's
+	// end: so that it does, it goes on when the agent ends. For a shim that
+	// isn't stopped this signal is nothing, also when it comes because just
+	// the agent's thread has ended.
+	if errno := prctl(prSetParentDeath, uintptr(syscall.SIGCONT)); errno != 0 {
+		return fail(errno)
+	}
+	// What runs as the same user can't trace a process that isn't dumpable,
+	// nor take its files, of which the control connection is one.
+	if errno := prctl(prSetDumpable, 0); errno != 0 {
+		return fail(errno)
+	}
 	name := append([]byte("aaserver-shim"), 0)
 	prctl(prSetName, uintptr(unsafe.Pointer(&name[0])))
 	if errno := prctl(prSetChildSubreaper, 1); errno != 0 {
@@ -136,23 +151,33 @@ func run() int {
 	}()
 
 	// The reaper takes the command and all that was orphaned, until there is
-	// no child left, which means no descendant.
+	// no child left, which means no descendant. It leaves them be while they
+	// are killed, so that their pids stay their own.
 	ended := make(chan syscall.WaitStatus, 1)
 	childless := make(chan struct{})
-	go func() {
-		defer close(childless)
+	var killing sync.Mutex
+	reap := func() (none bool) {
 		for {
 			var status syscall.WaitStatus
-			child, err := syscall.Wait4(-1, &status, 0, nil)
-			if err == syscall.EINTR {
-				continue
-			}
-			if err != nil {
-				return
-			}
-			if child == pid {
+			child, err := syscall.Wait4(-1, &status, syscall.WNOHANG, nil)
+			switch {
+			case err == syscall.EINTR:
+			case err != nil:
+				return true
+			case child == 0:
+				return false
+			case child == pid:
 				ended <- status
 			}
+		}
+	}
+	go func() {
+		defer close(childless)
+		for none := false; !none; {
+			awaitChild()
+			killing.Lock()
+			none = reap()
+			killing.Unlock()
 		}
 	}()
 
@@ -162,10 +187,17 @@ func run() int {
 	case status = <-ended:
 	case <-kill:
 	}
-	everything := func() ([]Process, error) {
-		return descendants(func(Process) bool { return true })
+	// Where many processes compete it takes more than its share to end them.
+	// This is for root's shims; others go on as they are.
+	syscall.Setpriority(syscall.PRIO_PROCESS, 0, -20)
+	everything := tree{
+		own:  func(children []int) []int { return children },
+		reap: func([]int) bool { return reap() },
 	}
-	left := killAll(everything, func(d time.Duration) bool {
+	killing.Lock()
+	left := everything.kill(func(d time.Duration) bool {
+		killing.Unlock()
+		defer killing.Lock()
 		timer := time.NewTimer(d)
 		defer timer.Stop()
 		select {
@@ -175,12 +207,27 @@ func run() int {
 			return false
 		}
 	})
+	killing.Unlock()
 	select {
 	case status = <-ended:
 	default:
 	}
 	writeFrame(control, frameEnded, numbers(uint32(status), uint32(left)))
 	return 0
+}
+
+// awaitChild waits until a child has ended, or there is none. It doesn't reap.
+func awaitChild() {
+	const all, exited, keep = 0, 4, 0x01000000 // P_ALL, WEXITED, WNOWAIT
+	for {
+		// The answer isn't wanted, but old kernels and sandboxes may want a
+		// place for it.
+		var info [128]byte
+		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, all, 0, uintptr(unsafe.Pointer(&info)), exited|keep, 0, 0)
+		if errno != syscall.EINTR {
+			return
+		}
+	}
 }
 
 func fail(errno syscall.Errno) int {

@@ -13,93 +13,131 @@ const (
 	sysPidfdOpen       = 434
 )
 
-// Process is a process as /proc shows it. Its start time tells it from a later
-// one with the same pid.
-type Process struct {
-	PID, Parent, Session int
-	started              uint64
-}
+// process is a process below this one, and who its parent was when it was seen.
+type process struct{ pid, parent int }
 
-// processes returns all processes that can be seen.
-func processes() ([]Process, error) {
-	dir, err := os.Open("/proc")
+// parents reads from /proc which processes have which parent.
+func parents() (map[int][]int, error) {
+	names, err := list("/proc")
 	if err != nil {
 		return nil, err
 	}
-	defer dir.Close()
-	names, err := dir.Readdirnames(-1)
-	if err != nil {
-		return nil, err
-	}
-	var all []Process
+	children := make(map[int][]int)
 	for _, name := range names {
 		pid, err := strconv.Atoi(name)
 		if err != nil {
 			continue
 		}
-		if p, ok := look(pid); ok {
-			all = append(all, p)
+		if parent, ok := parentOf(pid); ok {
+			children[parent] = append(children[parent], pid)
 		}
 	}
-	return all, nil
+	return children, nil
 }
 
-// look reads a process from /proc.
-func look(pid int) (Process, bool) {
+func list(dir string) ([]string, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return f.Readdirnames(-1)
+}
+
+// parentOf reads a process's parent from /proc.
+func parentOf(pid int) (int, bool) {
 	fd, err := syscall.Open("/proc/"+strconv.Itoa(pid)+"/stat", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 	if err != nil {
-		return Process{}, false
+		return 0, false
 	}
 	defer syscall.Close(fd)
 	var buf [1024]byte
 	n, err := syscall.Read(fd, buf[:])
 	if err != nil {
-		return Process{}, false
+		return 0, false
 	}
 	// The second field is the program's name in parentheses, which may hold
-	// anything, parentheses too.
-	rest := buf[:n]
-	for len(rest) > 0 && rest[len(rest)-1] != ')' {
-		rest = rest[:len(rest)-1]
+	// anything, parentheses too. A letter follows, and then the parent.
+	end := n
+	for end > 0 && buf[end-1] != ')' {
+		end--
 	}
-	p := Process{PID: pid}
-	field, value := 2, uint64(0)
-	for _, c := range append(buf[len(rest):n], ' ') {
-		if c >= '0' && c <= '9' {
-			value = 10*value + uint64(c-'0')
+	if end == 0 || end+3 >= n {
+		return 0, false
+	}
+	parent, digits := 0, 0
+	for _, c := range buf[end+3 : n] {
+		if c < '0' || c > '9' {
+			break
+		}
+		parent, digits = 10*parent+int(c-'0'), digits+1
+	}
+	return parent, digits > 0
+}
+
+// childrenOfThread reads from /proc which children a thread has, in the order
+// in which it got them.
+func childrenOfThread(pid, tid int) ([]int, error) {
+	fd, err := syscall.Open("/proc/"+strconv.Itoa(pid)+"/task/"+strconv.Itoa(tid)+"/children", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer syscall.Close(fd)
+	var children []int
+	var buf [4096]byte
+	for child := 0; ; {
+		n, err := syscall.Read(fd, buf[:])
+		if err == syscall.EINTR {
 			continue
 		}
-		if c != ' ' {
-			continue
+		if n <= 0 || err != nil {
+			return children, err
 		}
-		switch field {
-		case 4:
-			p.Parent = int(value)
-		case 6:
-			p.Session = int(value)
-		case 22:
-			p.started = value
-			return p, true
+		for _, c := range buf[:n] {
+			if c >= '0' && c <= '9' {
+				child = 10*child + int(c-'0')
+			} else if child > 0 {
+				children = append(children, child)
+				child = 0
+			}
 		}
-		field, value = field+1, 0
 	}
-	return Process{}, false
+}
+
+// childrenOf reads from /proc which children a process has. It has none any
+// more if it can't be read.
+func childrenOf(pid int) []int {
+	threads, _ := list("/proc/" + strconv.Itoa(pid) + "/task")
+	var children []int
+	for _, name := range threads {
+		if tid, err := strconv.Atoi(name); err == nil {
+			some, _ := childrenOfThread(pid, tid)
+			children = append(children, some...)
+		}
+	}
+	return children
 }
 
 // signal sends a signal to the process, unless it has gone and its pid belongs
 // to another by now.
-func (p Process) signal(sig syscall.Signal) error {
-	fd, _, errno := syscall.Syscall(sysPidfdOpen, uintptr(p.PID), 0, 0)
+func (p process) signal(sig syscall.Signal) error {
+	self := os.Getpid()
+	if p.parent == self {
+		// Its pid is its own until we wait for it.
+		return syscall.Kill(p.pid, sig)
+	}
+	fd, _, errno := syscall.Syscall(sysPidfdOpen, uintptr(p.pid), 0, 0)
 	if errno == syscall.ENOSYS || errno == syscall.EPERM {
 		// An old kernel, or a sandbox that doesn't know pidfds: the pid could
 		// be another's only if it came round since we read /proc.
-		return syscall.Kill(p.PID, sig)
+		return syscall.Kill(p.pid, sig)
 	}
 	if errno != 0 {
 		return errno
 	}
 	defer syscall.Close(int(fd))
-	if now, ok := look(p.PID); !ok || now.started != p.started {
+	// If it was orphaned since, it is ours.
+	if parent, ok := parentOf(p.pid); !ok || parent != p.parent && parent != self {
 		return syscall.ESRCH
 	}
 	return signalFD(int(fd), sig)
@@ -112,80 +150,132 @@ func signalFD(fd int, sig syscall.Signal) error {
 	return nil
 }
 
-// descendants returns the children of this process that root selects, and all
-// that is below them.
-func descendants(root func(Process) bool) ([]Process, error) {
-	all, err := processes()
-	if err != nil {
-		return nil, err
-	}
-	self := os.Getpid()
-	children := make(map[int][]Process)
-	var found []Process
-	for _, p := range all {
-		switch {
-		case p.PID == self:
-		case p.Parent != self:
-			children[p.Parent] = append(children[p.Parent], p)
-		case root(p):
-			found = append(found, p)
-		}
-	}
-	for i := 0; i < len(found); i++ {
-		found = append(found, children[found[i].PID]...)
-		delete(children, found[i].PID)
-	}
-	return found, nil
+// tree is what is below this process, or below some of its children. Nothing
+// leaves it but by ending: this process is a subreaper, so what is orphaned
+// becomes its child.
+type tree struct {
+	// own selects from the children of this process. It may be changed.
+	own func(children []int) []int
+	// reap waits for those children that have ended, and says whether there
+	// are none any more. No others wait for them while a pass is under way.
+	reap func(children []int) (none bool)
 }
 
-// killAll kills what find finds, which is all below this process or some of its
-// children, until wait says that there is nothing left. It relies on this
-// process being a subreaper, so that nothing can leave the tree, and on
-// somebody to reap what dies. wait takes as long as it is given at most.
+// pass goes from the children down to the last descendants, and sends each the
+// signal that choose wants, if it isn't 0.
 //
-// It returns how many processes are left because they may not be killed: those
-// of another user, if this process isn't root's.
-func killAll(find func() ([]Process, error), wait func(time.Duration) (none bool)) (left int) {
-	// A process that forks faster than it is killed would get away for ever.
-	// Stopped ones can't fork, and keep their share of the limit on processes,
-	// so that the number of those still running only falls. When there is none
-	// that hasn't been stopped, all are killed.
-	stopped := make(map[Process]bool)
-	unseen := 0
-	for pause := time.Millisecond; !wait(pause); pause = min(2*pause, 100*time.Millisecond) {
-		// What can't be found now, for want of file descriptors perhaps, may
-		// be found the next time.
-		found, _ := find()
-		fresh := false
-		for _, p := range found {
-			// The parent changes when a process is orphaned.
-			p.Parent, p.Session = 0, 0
-			if !stopped[p] {
-				stopped[p] = true
-				fresh = p.signal(syscall.SIGSTOP) == nil || fresh
-			}
+// Speed matters: what forks and exits as fast as it can is a child of ours for
+// less than a millisecond, and has to be met before it forks. A signal that is
+// pending keeps a process from forking. So each gets its signal before its
+// children are read: these are all that it will ever have, or it has ended and
+// they are our children the next time.
+func (t *tree) pass(choose func(pid int) syscall.Signal) (found, denied int, none bool, err error) {
+	self := os.Getpid()
+	// Orphans go to the main thread. Other threads' children are those that
+	// they have started.
+	children := childrenOf
+	first, err := childrenOfThread(self, self)
+	switch {
+	case err == syscall.ENOENT:
+		// A kernel that doesn't list children. To find them takes longer.
+		all, err := parents()
+		if err != nil {
+			return 0, 0, false, err
 		}
-		if fresh {
-			pause = 0
-			continue
-		}
-		denied := 0
-		for _, p := range found {
-			if p.signal(syscall.SIGKILL) == syscall.EPERM {
+		children = func(pid int) []int { return all[pid] }
+		first = all[self]
+	case err != nil:
+		return 0, 0, false, err
+	}
+	first = t.own(first)
+	var level []process
+	for _, pid := range first {
+		level = append(level, process{pid, self})
+	}
+	for len(level) > 0 {
+		found += len(level)
+		for _, p := range level {
+			if sig := choose(p.pid); sig != 0 && p.signal(sig) == syscall.EPERM {
 				denied++
 			}
 		}
-		if denied > 0 && denied == len(found) {
+		var next []process
+		for _, p := range level {
+			for _, pid := range children(p.pid) {
+				next = append(next, process{pid, p.pid})
+			}
+		}
+		level = next
+	}
+	return found, denied, t.reap(first), nil
+}
+
+// kill kills the tree. wait takes as long as it is given at most; it says
+// whether there is nothing left.
+//
+// It returns how many processes are left because they may not be killed: those
+// of another user, if this process isn't root's.
+func (t *tree) kill(wait func(time.Duration) (none bool)) (left int) {
+	// Processes that fork are stopped before they are killed: stopped ones
+	// keep their share of a limit on processes, so that the number of those
+	// still running only falls.
+	//
+	// But stopped ones must not become much more than there were: if each has
+	// a successor already when it is stopped, they would fill the host's table
+	// of processes. So after that all are killed wherever they are met.
+	stopped := make(map[int]bool)
+	limit := -1
+	for limit < 0 || len(stopped) < limit {
+		before := len(stopped)
+		found, _, none, err := t.pass(func(pid int) syscall.Signal {
+			if stopped[pid] || limit >= 0 && len(stopped) >= limit {
+				return 0
+			}
+			stopped[pid] = true
+			return syscall.SIGSTOP
+		})
+		if none {
+			return 0
+		}
+		if err != nil || len(stopped) == before {
+			break
+		}
+		if limit < 0 {
+			limit = 2*found + 16
+		}
+	}
+
+	killed := make(map[int]bool)
+	unseen := 0
+	for pause := time.Duration(0); !wait(pause); {
+		again := make(map[int]bool)
+		fresh := false
+		found, denied, none, err := t.pass(func(pid int) syscall.Signal {
+			fresh = fresh || !killed[pid]
+			again[pid] = true
+			return syscall.SIGKILL
+		})
+		killed = again
+		switch {
+		case none:
+			return 0
+		case err != nil:
+			// What can't be found now, for want of file descriptors perhaps,
+			// may be found the next time.
+		case denied > 0 && denied == found:
 			return denied
-		}
-		if len(found) > 0 {
+		case found > 0:
 			unseen = 0
-		} else if unseen++; unseen > 50 {
-			// There are children that /proc hides from us: they are another
-			// user's.
-			return 1
+		default:
+			if unseen++; unseen > 50 {
+				// There are children that /proc hides from us: they are
+				// another user's.
+				return 1
+			}
 		}
-		pause = max(pause, time.Millisecond)
+		if pause = min(max(2*pause, time.Millisecond), 100*time.Millisecond); fresh {
+			pause = 0
+		}
 	}
 	return 0
 }
