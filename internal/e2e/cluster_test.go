@@ -59,6 +59,10 @@ const (
 	serverName      = "aaserver"
 )
 
+func init() {
+	endWithTests = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+}
+
 // unique makes names that nothing else has.
 var unique atomic.Int64
 
@@ -157,8 +161,7 @@ func upCluster(dir string, args ...string) (*cluster, error) {
 	c := &cluster{dir: dir, log: log, ended: make(chan struct{})}
 	c.launcher = exec.Command(binaries.controlplane, append([]string{"up", "--dir", dir}, args...)...)
 	c.launcher.Stdout, c.launcher.Stderr = log, log
-	// However the tests end, the control plane ends too.
-	c.launcher.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	c.launcher.SysProcAttr = endWithTests
 	if err := c.launcher.Start(); err != nil {
 		log.Close()
 		return nil, err

@@ -24,6 +24,10 @@ var binaries struct {
 // root is the repository's.
 var root string
 
+// endWithTests has a process end even if the tests are killed, where that can
+// be had.
+var endWithTests *syscall.SysProcAttr
+
 // atEnd runs when all tests have ended, the last first.
 var atEnd []func()
 
@@ -112,6 +116,7 @@ func launch(t testing.TB, admin *client, args ...string) *server {
 	}
 	s := &server{client: admin, cmd: exec.Command(binaries.server, args...), log: log, ended: make(chan struct{})}
 	s.cmd.Stdout, s.cmd.Stderr = log, log
+	s.cmd.SysProcAttr = endWithTests
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
