@@ -18,5 +18,7 @@ func main() {
 func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	// A second signal isn't waited for: it ends the program at once.
+	context.AfterFunc(ctx, stop)
 	return command.Run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 }

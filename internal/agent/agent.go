@@ -217,7 +217,11 @@ func (r *reconciler) prepare(ctx context.Context, h *host) error {
 			r.trackOrphan(uid, h)
 		}
 	}
-	if err := h.Retain(ctx, keep); err != nil {
+	// No target at all may be a database that was lost or mistaken: the logs
+	// stay, in case the right one comes back.
+	if len(keep) == 0 {
+		klog.FromContext(ctx).V(2).Info("There are no targets: what is left of earlier ones is kept", "source", h.source)
+	} else if err := h.Retain(ctx, keep); err != nil {
 		// A disk that can't be cleaned is no reason to run nothing.
 		klog.FromContext(ctx).Error(err, "What deleted targets left can't be deleted", "source", h.source)
 	}

@@ -250,6 +250,9 @@ func (r *reconciler) sync(ctx context.Context, key types.NamespacedName) (time.D
 		}
 		return 0, errors.Join(errs...)
 	}
+	if err := r.claim(ctx, current); err != nil {
+		return 0, errors.Join(append(errs, err)...)
+	}
 	wake, err := r.run(ctx, current)
 	errs = append(errs, err, r.report(ctx, current))
 	return wake, errors.Join(errs...)
@@ -504,6 +507,29 @@ func (r *reconciler) remove(ctx context.Context, h *hosted, i *instance) error {
 	}
 	r.ports.release(h.id(i))
 	delete(h.instances, i.name)
+	return nil
+}
+
+// claim puts the finalizer on a target before anything of it runs. A target
+// that no agent has taken up has none, and can be deleted at once.
+func (r *reconciler) claim(ctx context.Context, h *hosted) error {
+	if slices.Contains(h.target.Finalizers, v1.FinalizerInstances) {
+		return nil
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
+		// Of this object and version only: the list replaces what is there.
+		"uid":             h.uid,
+		"resourceVersion": h.target.ResourceVersion,
+		"finalizers":      append(slices.Clone(h.target.Finalizers), v1.FinalizerInstances),
+	}})
+	if err != nil {
+		return err
+	}
+	target, err := r.client.Targets(h.key.Namespace).Patch(ctx, h.key.Name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: fieldManager})
+	if err != nil {
+		return fmt.Errorf("putting the finalizer on: %w", err)
+	}
+	h.target, h.written = target, r.clock.Now()
 	return nil
 }
 

@@ -14,8 +14,10 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
+	clienttesting "k8s.io/client-go/testing"
 	"k8s.io/client-go/tools/cache"
 	clocktesting "k8s.io/utils/clock/testing"
 	"k8s.io/utils/ptr"
@@ -206,7 +208,7 @@ func TestStatusOfANewTarget(t *testing.T) {
 			{Type: "Ready", Status: "True", ObservedGeneration: 1, LastTransitionTime: second,
 				Reason: "AllInstancesReady", Message: "2 of 2 instances are ready"},
 			{Type: "Progressing", Status: "False", ObservedGeneration: 1, LastTransitionTime: second,
-				Reason: "UpToDate", Message: "the instances are as the spec asks for"},
+				Reason: "UpToDate", Message: "every instance is of the present spec"},
 			{Type: "AgentConnected", Status: "True", ObservedGeneration: 1, LastTransitionTime: second,
 				Reason: "Connected", Message: "agent local runs the instances"},
 		},
@@ -276,7 +278,7 @@ func TestReconcile(t *testing.T) {
 			b.settle("web")
 			b.host.exit("web-0", 3)
 			b.want("wake", b.settle("web"), time.Second)
-			const waiting = "back-off 1s restarting instance web-0: exited with code 3"
+			const waiting = "back-off 1s: exited with code 3"
 			b.want("instances", b.instances("web"), []string{"web-0 CrashLoopBackOff (" + waiting + "), before Error 3"})
 			b.want("ready", b.condition("web", "Ready"), "False InstancesNotReady: 0 of 1 instances are ready; web-0: "+waiting)
 			b.clock.Step(time.Second - 1)
@@ -312,7 +314,7 @@ func TestReconcile(t *testing.T) {
 			b.clock.Step(time.Second)
 			b.want("wake", b.settle("web"), 2*time.Second)
 			b.want("instances", b.instances("web"), []string{
-				"web-0 CrashLoopBackOff (back-off 2s restarting instance web-0: exited with code 1), before Error 1, restarts 1"})
+				"web-0 CrashLoopBackOff (back-off 2s: exited with code 1), before Error 1, restarts 1"})
 		},
 		"a server that was restored from a backup is believed after a minute": func(b *bench) {
 			b.api.create(web(1))
@@ -335,7 +337,7 @@ func TestReconcile(t *testing.T) {
 			b.host.mu.Unlock()
 			b.settle("web")
 			b.want("instances", b.instances("web"), []string{
-				"web-0 CrashLoopBackOff (back-off 1s restarting instance web-0: ended by SIGKILL: out of memory), before Killed 137"})
+				"web-0 CrashLoopBackOff (back-off 1s: ended by SIGKILL: out of memory), before Killed 137"})
 		},
 		"what can't be started says why, and is tried again": func(b *bench) {
 			b.host.startErr = func(driver.Instance) error { return driver.Errorf(driver.Invalid, "no such command: v1") }
@@ -546,7 +548,7 @@ func TestRollout(t *testing.T) {
 			b.clock.Step(time.Second)
 			b.want("wake", b.settle("web"), time.Duration(0))
 			b.want("events", b.host.take(), []string{"stop web-0 within 30s", "start web-0"})
-			b.want("progressing", b.condition("web", "Progressing"), "False UpToDate: the instances are as the spec asks for")
+			b.want("progressing", b.condition("web", "Progressing"), "False UpToDate: every instance is of the present spec")
 			b.want("instances", b.instances("web"), []string{
 				"web-0 ready Running, before Killed 143", "web-1 ready Running, before Killed 143", "web-2 ready Running, before Killed 143"})
 		},
@@ -605,7 +607,7 @@ func TestRollout(t *testing.T) {
 				b.settle("web")
 			}
 			b.want("commands", b.host.commands(), map[string]string{"web-0": "v3", "web-1": "v3", "web-2": "v3"})
-			b.want("progressing", b.condition("web", "Progressing"), "False UpToDate: the instances are as the spec asks for")
+			b.want("progressing", b.condition("web", "Progressing"), "False UpToDate: every instance is of the present spec")
 		},
 		"a spec that can't be started stops at the first instance, and the former one goes on": func(b *bench) {
 			b.host.startErr = func(i driver.Instance) error {
@@ -1166,7 +1168,31 @@ func TestAnythingEndsAsTheSpecAsks(t *testing.T) {
 			if got := b.condition("web", "Ready"); !strings.HasPrefix(got, "True") {
 				t.Errorf("got %q", got)
 			}
-			b.want("progressing", b.condition("web", "Progressing"), "False UpToDate: the instances are as the spec asks for")
+			b.want("progressing", b.condition("web", "Progressing"), "False UpToDate: every instance is of the present spec")
 		})
 	}
+}
+
+func TestClaim(t *testing.T) {
+	b := newBench(t)
+	target := web(1)
+	target.Finalizers = []string{"other/one"}
+	b.api.create(target)
+	b.settle("web")
+	b.want("finalizers", b.api.get("web").Finalizers, []string{"other/one", v1.FinalizerInstances})
+	b.want("events", b.host.take(), []string{"start web-0"})
+
+	// Nothing runs of a target that can't be claimed: it could go unnoticed.
+	b = newBench(t)
+	target = web(1)
+	target.Finalizers = nil
+	b.api.create(target)
+	b.api.PrependReactor("patch", "targets", func(clienttesting.Action) (bool, runtime.Object, error) {
+		return true, nil, errors.New("no")
+	})
+	b.fetch()
+	if _, err := b.r.sync(t.Context(), types.NamespacedName{Namespace: "shop", Name: "web"}); err == nil {
+		t.Error("got no error")
+	}
+	b.want("events", b.host.take(), []string(nil))
 }

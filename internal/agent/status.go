@@ -126,7 +126,7 @@ func (i *instance) waiting(h *hosted) *v1.InstanceStateWaiting {
 	}
 	return &v1.InstanceStateWaiting{
 		Reason:  reasonBackoff,
-		Message: fmt.Sprintf("back-off %s restarting instance %s: %s", i.delay, i.name, how(i.ended)),
+		Message: fmt.Sprintf("back-off %s: %s", i.delay, how(i.ended)),
 	}
 }
 
@@ -244,7 +244,7 @@ func (h *hosted) progressingCondition() metav1.Condition {
 		condition.Message = fmt.Sprintf("instances to be started: %d", pending)
 	default:
 		condition.Status, condition.Reason = metav1.ConditionFalse, reasonUpToDate
-		condition.Message = "the instances are as the spec asks for"
+		condition.Message = "every instance is of the present spec"
 	}
 	return condition
 }

@@ -177,6 +177,10 @@ spec:
 		r := s.run(binaries.kubectl, "", "patch", "target", "web", "--type=merge", "-p", `{"spec":{"agentName":"other"}}`)
 		wantContains(t, "agentName", r.stderr, "spec.agentName", "field is immutable")
 	})
+	t.Run("an agent that this server doesn't have is refused", func(t *testing.T) {
+		r := s.run(binaries.kubectl, strings.Replace(manifest("elsewhere", 1, "a"), "spec:", "spec:\n  agentName: other", 1), "create", "-f", "-")
+		wantContains(t, "another agent", r.stderr, `spec.agentName: Unsupported value: "other": supported values: "local"`)
+	})
 	t.Run("a command that doesn't exist says so in the status", func(t *testing.T) {
 		s.kubectlStdin(strings.Replace(manifest("missing", 1, "a"), "sleep", "no-such-command", 1), "create", "-f", "-")
 		s.eventually("the status says why", 30*time.Second, func() error {
@@ -616,6 +620,31 @@ func TestStartRefuses(t *testing.T) {
 		now, err := os.ReadFile(database)
 		if err != nil || string(now) != string(broken) {
 			t.Errorf("the file was changed (%v)", err)
+		}
+	})
+	t.Run("a database that is gone", func(t *testing.T) {
+		dir := t.TempDir()
+		s := startServer(t, dir, "--demo")
+		s.kubectl("wait", "targets", "--all", "--for=condition=Ready", "--timeout=30s")
+		s.stop(syscall.SIGTERM, 30*time.Second)
+		if err := os.RemoveAll(filepath.Join(dir, "db")); err != nil {
+			t.Fatal(err)
+		}
+		logs := func() int {
+			entries, err := os.ReadDir(filepath.Join(dir, "logs"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return len(entries)
+		}
+		before := logs()
+		refused(t, "is missing or empty", "--data-dir", dir, "--secure-port", "0")
+		// Neither does another database cost the logs.
+		other := startServer(t, dir, "--storage-endpoint", "sqlite://"+filepath.Join(t.TempDir(), "other.db"))
+		other.kubectl("get", "targets")
+		other.stop(syscall.SIGTERM, 30*time.Second)
+		if after := logs(); before == 0 || after != before {
+			t.Errorf("%d logs before, %d after", before, after)
 		}
 	})
 	t.Run("an unknown storage", func(t *testing.T) {

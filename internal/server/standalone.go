@@ -241,8 +241,12 @@ func (o *StandaloneOptions) startStorage(ctx context.Context, group *errgroup.Gr
 		if err := os.MkdirAll(database, 0o700); err != nil {
 			return nil, fmt.Errorf("the database's directory can't be made: %w", err)
 		}
+		file := filepath.Join(database, "state.db")
+		if err := checkNotLost(file, filepath.Join(dir, "logs")); err != nil {
+			return nil, err
+		}
 		var err error
-		if endpoint, err = storage.SQLiteEndpoint(filepath.Join(database, "state.db")); err != nil {
+		if endpoint, err = storage.SQLiteEndpoint(file); err != nil {
 			return nil, err
 		}
 	}
@@ -251,6 +255,19 @@ func (o *StandaloneOptions) startStorage(ctx context.Context, group *errgroup.Gr
 		SocketDir: filepath.Join(dir, "run"),
 		Metrics:   legacyregistry.Registerer(),
 	})
+}
+
+// checkNotLost refuses to begin with an empty database where there was another:
+// the logs of targets are kept by what it knew.
+func checkNotLost(file, logs string) error {
+	if info, err := os.Stat(file); err == nil && info.Size() > 0 {
+		return nil
+	}
+	targets, err := os.ReadDir(logs)
+	if err != nil || len(targets) == 0 {
+		return nil // a new directory
+	}
+	return fmt.Errorf("the database %s is missing or empty, but %s holds logs of targets that it knew: restore it, or remove %s to begin anew", file, logs, logs)
 }
 
 // listen opens the port before anything is written for it.
@@ -344,11 +361,12 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 	generic.ShutdownWatchTerminationGracePeriod = o.DrainTimeout
 
 	config.Extra = ExtraConfig{
-		SelfAccessReviews: true,
-		DrainTimeout:      o.DrainTimeout,
+		Standalone:   true,
+		DrainTimeout: o.DrainTimeout,
 		Target: target.Options{
 			DefaultAgent: LocalAgent,
 			Sources:      sets.New(v1.SourceProcess),
+			Agents:       sets.New(LocalAgent),
 			Dial:         (&net.Dialer{}).DialContext,
 			OpenPorts:    true,
 			Sessions:     session.NewManager(session.Options{Max: o.MaxSessions, Code: target.SessionCode}),

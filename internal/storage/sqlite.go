@@ -59,8 +59,9 @@ func newSQLite(u *url.URL) (database, error) {
 func (d *sqliteDB) String() string { return "the SQLite database " + d.path }
 
 func (d *sqliteDB) prepare(ctx context.Context) (release func(), err error) {
-	if err := os.MkdirAll(filepath.Dir(d.path), 0o700); err != nil {
-		return nil, fmt.Errorf("can't create the directory of %s: %w", d, err)
+	// A path that is mistyped would give an empty server.
+	if dir, err := os.Stat(filepath.Dir(d.path)); err != nil || !dir.IsDir() {
+		return nil, fmt.Errorf("can't open %s: %s is no directory: make it first, or correct the path", d, filepath.Dir(d.path))
 	}
 	info, err := os.Stat(d.path)
 	switch {

@@ -295,7 +295,7 @@ func TestBackendsAreIndependent(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	var clients []*clientv3.Client
 	for _, name := range []string{"one", "two"} {
-		b, err := Start(t.Context(), Options{Endpoint: endpointOf(t, filepath.Join(dir, name, "state.db")), Metrics: registry})
+		b, err := Start(t.Context(), Options{Endpoint: endpointOf(t, filepath.Join(dir, name+".db")), Metrics: registry})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -381,6 +381,9 @@ func TestSocketIsPrivate(t *testing.T) {
 
 func TestPathsWithSpecialCharacters(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), `a?b#c%41 d&e=f"g'`+strings.Repeat("/long", 30))
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	path := filepath.Join(dir, "state?x=1.db")
 	b := start(t, path)
 	create(t, client(t, b), "/r/a", "v")
@@ -868,23 +871,24 @@ func TestUnusableEndpoints(t *testing.T) {
 		endpoint string
 		want     string
 	}{
-		"empty":                    {"", "isn't a URL; use sqlite:///"},
-		"a path":                   {"/var/lib/state.db", "isn't a URL; use sqlite:///"},
-		"another database":         {"mysql://user:secret@tcp(host)/db", `scheme "mysql" isn't supported; use sqlite:///`},
-		"etcd":                     {"https://127.0.0.1:2379", `scheme "https" isn't supported; use sqlite:///`},
-		"no scheme but a password": {"user:secret@host://x", "scheme isn't supported; use sqlite:///"},
-		"two slashes":              {"sqlite://state.db", "needs an absolute path after three slashes"},
-		"no path":                  {"sqlite://", "needs the path of a file"},
-		"a root":                   {"sqlite:///", "needs the path of a file"},
-		"parameters":               {"sqlite:///x.db?_synchronous=OFF", "takes no parameters"},
-		"a directory":              {"sqlite://" + dir, "is a directory; name a file in it"},
-		"a file as directory":      {"sqlite:///dev/null/state.db", "can't create the directory of the SQLite database /dev/null/state.db"},
-		"a device":                 {"sqlite:///dev/null", "isn't a regular file"},
-		"a bad escape":             {"postgres://user:secret%@host/db", "can't be parsed as a URL; percent-encode"},
-		"a slash in the password":  {"postgres://user:secret/x@host/db", "can't be parsed as a URL; percent-encode"},
-		"a hash in the password":   {"postgres://user:secret#x@host/db", "percent-encode"},
-		"no host":                  {"postgres:///db", "needs a host"},
-		"a wrong parameter":        {"postgres://user:secret@host/db?sslmode=secret", "has a parameter"},
+		"empty":                        {"", "isn't a URL; use sqlite:///"},
+		"a path":                       {"/var/lib/state.db", "isn't a URL; use sqlite:///"},
+		"another database":             {"mysql://user:secret@tcp(host)/db", `scheme "mysql" isn't supported; use sqlite:///`},
+		"etcd":                         {"https://127.0.0.1:2379", `scheme "https" isn't supported; use sqlite:///`},
+		"no scheme but a password":     {"user:secret@host://x", "scheme isn't supported; use sqlite:///"},
+		"two slashes":                  {"sqlite://state.db", "needs an absolute path after three slashes"},
+		"no path":                      {"sqlite://", "needs the path of a file"},
+		"a root":                       {"sqlite:///", "needs the path of a file"},
+		"parameters":                   {"sqlite:///x.db?_synchronous=OFF", "takes no parameters"},
+		"a directory":                  {"sqlite://" + dir, "is a directory; name a file in it"},
+		"a file as directory":          {"sqlite:///dev/null/state.db", "/dev/null is no directory: make it first, or correct the path"},
+		"a directory that isn't there": {"sqlite:///nonexistent/state.db", "/nonexistent is no directory"},
+		"a device":                     {"sqlite:///dev/null", "isn't a regular file"},
+		"a bad escape":                 {"postgres://user:secret%@host/db", "can't be parsed as a URL; percent-encode"},
+		"a slash in the password":      {"postgres://user:secret/x@host/db", "can't be parsed as a URL; percent-encode"},
+		"a hash in the password":       {"postgres://user:secret#x@host/db", "percent-encode"},
+		"no host":                      {"postgres:///db", "needs a host"},
+		"a wrong parameter":            {"postgres://user:secret@host/db?sslmode=secret", "has a parameter"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b, err := Start(t.Context(), Options{Endpoint: tc.endpoint})

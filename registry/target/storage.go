@@ -37,6 +37,8 @@ type Options struct {
 	DefaultAgent string
 	// Sources are the sources that targets of this server may have.
 	Sources sets.Set[string]
+	// Agents are the only agents that targets may name; nil allows any.
+	Agents sets.Set[string]
 	// Drivers finds the driver of a target. Its errors are a driver's.
 	Drivers func(*v1.Target) (driver.Driver, error)
 	// Dial is what drivers reach the network with.

@@ -2,9 +2,11 @@ package target
 
 import (
 	"context"
+	"fmt"
 	"slices"
 
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/sets"
@@ -24,6 +26,7 @@ type strategy struct {
 	names.NameGenerator
 	defaultAgent string
 	sources      sets.Set[string]
+	agents       sets.Set[string]
 }
 
 var (
@@ -35,13 +38,13 @@ var (
 )
 
 func newStrategy(typer runtime.ObjectTyper, opts Options) strategy {
-	return strategy{typer, names.SimpleNameGenerator, opts.DefaultAgent, opts.Sources}
+	return strategy{typer, names.SimpleNameGenerator, opts.DefaultAgent, opts.Sources, opts.Agents}
 }
 
 func (strategy) NamespaceScoped() bool { return true }
 
-// PrepareForCreate drops a status that the client sent, and gives hosted
-// targets their finalizer.
+// PrepareForCreate drops a status that the client sent. A hosted target's says
+// that its agent hasn't seen it yet, until it has.
 func (s strategy) PrepareForCreate(_ context.Context, obj runtime.Object) {
 	target := obj.(*api.Target)
 	target.Status = api.TargetStatus{}
@@ -52,8 +55,14 @@ func (s strategy) PrepareForCreate(_ context.Context, obj runtime.Object) {
 	if target.Spec.AgentName == "" {
 		target.Spec.AgentName = s.defaultAgent
 	}
-	if !slices.Contains(target.Finalizers, v1.FinalizerInstances) {
-		target.Finalizers = append(target.Finalizers, v1.FinalizerInstances)
+	for _, condition := range []string{v1.ConditionReady, v1.ConditionAgentConnected} {
+		meta.SetStatusCondition(&target.Status.Conditions, metav1.Condition{
+			Type:               condition,
+			Status:             metav1.ConditionUnknown,
+			Reason:             "AgentNotSeen",
+			Message:            fmt.Sprintf("agent %s has not taken the target up yet", target.Spec.AgentName),
+			ObservedGeneration: target.Generation,
+		})
 	}
 }
 
@@ -62,6 +71,9 @@ func (s strategy) Validate(_ context.Context, obj runtime.Object) field.ErrorLis
 	errs := validation.ValidateTarget(target)
 	if source := sourceOf(target); source != "" && !s.sources.Has(source) {
 		errs = append(errs, field.NotSupported(field.NewPath("spec"), source, sets.List(s.sources)))
+	}
+	if name := target.Spec.AgentName; name != "" && s.agents != nil && !s.agents.Has(name) {
+		errs = append(errs, field.NotSupported(field.NewPath("spec", "agentName"), name, sets.List(s.agents)))
 	}
 	return errs
 }
@@ -98,8 +110,8 @@ func (strategy) WarningsOnUpdate(context.Context, runtime.Object, runtime.Object
 }
 
 // CheckGracefulDelete implements rest.RESTGracefulDeleteStrategy: the instances
-// of a hosted target get the grace period of its spec, unless the request says
-// otherwise. Their agent reads it from the target.
+// of a hosted target that its agent has taken up get the grace period of its
+// spec, unless the request says otherwise. The agent reads it from the target.
 func (strategy) CheckGracefulDelete(_ context.Context, obj runtime.Object, options *metav1.DeleteOptions) bool {
 	target := obj.(*api.Target)
 	if !hosted(target) || !slices.Contains(target.Finalizers, v1.FinalizerInstances) {

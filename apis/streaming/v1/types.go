@@ -10,8 +10,9 @@ const (
 	// value is the target's name.
 	LabelTarget = "streaming.aaserver.io/target"
 
-	// FinalizerInstances is carried by hosted targets. The agent that hosts
-	// their instances takes it off when nothing of theirs runs any more.
+	// FinalizerInstances is carried by hosted targets. Their agent puts it on
+	// before anything of theirs runs, and takes it off when nothing does any
+	// more.
 	FinalizerInstances = "streaming.aaserver.io/instances"
 
 	// MaxInstances bounds spec.replicas of hosted sources and the endpoints
@@ -406,11 +407,11 @@ type InstanceStatus struct {
 
 	// state is the instance's present state.
 	// +optional
-	State InstanceState `json:"state,omitempty"`
+	State InstanceState `json:"state,omitempty,omitzero"`
 
 	// lastState is how the instance ended the last time.
 	// +optional
-	LastState InstanceState `json:"lastState,omitempty"`
+	LastState InstanceState `json:"lastState,omitempty,omitzero"`
 
 	// ports are the instance's ports and where it listens for them.
 	// +optional
@@ -449,7 +450,7 @@ type InstanceStateWaiting struct {
 type InstanceStateRunning struct {
 	// startedAt is when it was started.
 	// +optional
-	StartedAt metav1.Time `json:"startedAt,omitempty"`
+	StartedAt metav1.Time `json:"startedAt,omitempty,omitzero"`
 }
 
 // InstanceStateTerminated is the state of an instance that has ended.
@@ -468,10 +469,10 @@ type InstanceStateTerminated struct {
 	Message string `json:"message,omitempty"`
 	// startedAt is when it was started.
 	// +optional
-	StartedAt metav1.Time `json:"startedAt,omitempty"`
+	StartedAt metav1.Time `json:"startedAt,omitempty,omitzero"`
 	// finishedAt is when it ended.
 	// +optional
-	FinishedAt metav1.Time `json:"finishedAt,omitempty"`
+	FinishedAt metav1.Time `json:"finishedAt,omitempty,omitzero"`
 }
 
 // InstancePort is a port of an instance.
