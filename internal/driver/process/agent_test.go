@@ -273,14 +273,13 @@ func helperHops() {
 	if err != nil {
 		os.Exit(2)
 	}
-	os.Stdout.WriteString("ready\n")
 	for range n {
 		if pid, _, _ := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0); pid != 0 {
 			continue
 		}
 		// There is nothing of Go's runtime here. The end is for a test that
 		// fails.
-		for range 4000 {
+		for range 1000 {
 			pid, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0)
 			if pid != 0 || errno != 0 {
 				break
@@ -289,6 +288,7 @@ func helperHops() {
 		}
 		syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
 	}
+	os.Stdout.WriteString("ready\n")
 	for {
 		syscall.Pause()
 	}
@@ -297,7 +297,7 @@ func helperHops() {
 // TestWhatForksOnIsEnded is about processes that have a successor before they
 // are killed.
 func TestWhatForksOnIsEnded(t *testing.T) {
-	const chains = 16
+	const chains = 100
 	for name, killShim := range map[string]bool{"by its shim": false, "by the agent": true} {
 		t.Run(name, func(t *testing.T) {
 			marker := newMarker()
@@ -332,7 +332,8 @@ func TestWhatForksOnIsEnded(t *testing.T) {
 					if left := marked(t, marker); len(left) > 0 {
 						t.Errorf("%d processes are left", len(left))
 					}
-					if peak > 5*chains {
+					t.Logf("at most %d processes at once, %d at first", peak, len(pids))
+					if peak > 3*chains {
 						t.Errorf("there were %d processes at once", peak)
 					}
 					return

@@ -24,6 +24,7 @@ type run struct {
 	setting   *setting
 	ports     []v1.InstancePort
 	restarts  v1.RestartPolicy
+	grace     time.Duration // for Shutdown
 	tty       bool
 	startedAt time.Time
 	child     *shim.Child
@@ -221,6 +222,7 @@ func (d *Driver) start(what driver.Instance, i *instance) (_ *run, err error) {
 		setting:   setting,
 		ports:     slices.Clone(what.Ports),
 		restarts:  what.Target.Spec.RestartPolicy,
+		grace:     what.Target.Spec.GracePeriod(),
 		tty:       source.TTY,
 		startedAt: d.logs.clock.Now(),
 		child:     child,

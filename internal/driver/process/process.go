@@ -307,6 +307,27 @@ func compareIDs(a, b driver.InstanceID) int {
 // Changes implements driver.Host.
 func (d *Driver) Changes() <-chan types.UID { return d.changes.out }
 
+// Shutdown implements driver.Host.
+func (d *Driver) Shutdown(ctx context.Context) error {
+	d.mu.Lock()
+	var runs []*run
+	for _, i := range d.instances {
+		if r := i.running(); r != nil {
+			r.stop(d.logs.clock, &d.busy, r.grace)
+			runs = append(runs, r)
+		}
+	}
+	d.mu.Unlock()
+	for _, r := range runs {
+		select {
+		case <-r.ended:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
 // Close implements driver.Host.
 func (d *Driver) Close() error {
 	d.mu.Lock()

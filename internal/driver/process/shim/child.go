@@ -3,6 +3,7 @@ package shim
 import (
 	"errors"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -191,10 +192,18 @@ func killOrphans() (left int) {
 			return len(children) == 0
 		},
 	}
-	return t.kill(func(d time.Duration) bool {
-		time.Sleep(d)
-		return false
-	})
+	done := make(chan int)
+	go func() {
+		// The hurry is this thread's alone, which ends with the goroutine,
+		// since it isn't unlocked.
+		runtime.LockOSThread()
+		hurry()
+		done <- t.kill(func(d time.Duration) bool {
+			time.Sleep(d)
+			return false
+		})
+	}()
+	return <-done
 }
 
 func sessionOf(pid int) int {

@@ -22,6 +22,7 @@ package shim
 import (
 	"errors"
 	"os"
+	"runtime"
 	"strconv"
 	"sync"
 	"syscall"
@@ -152,7 +153,10 @@ func run() int {
 
 	// The reaper takes the command and all that was orphaned, until there is
 	// no child left, which means no descendant. It leaves them be while they
-	// are killed, so that their pids stay their own.
+	// are killed, so that their pids stay their own. Until it comes, what has
+	// ended takes a place in the table of processes; so where many compete it
+	// needs more than its share of the processor, and so does who kills. Only
+	// root's shims get it.
 	ended := make(chan syscall.WaitStatus, 1)
 	childless := make(chan struct{})
 	var killing sync.Mutex
@@ -173,6 +177,8 @@ func run() int {
 	}
 	go func() {
 		defer close(childless)
+		runtime.LockOSThread()
+		hurry()
 		for none := false; !none; {
 			awaitChild()
 			killing.Lock()
@@ -187,14 +193,13 @@ func run() int {
 	case status = <-ended:
 	case <-kill:
 	}
-	// Where many processes compete it takes more than its share to end them.
-	// This is for root's shims; others go on as they are.
-	syscall.Setpriority(syscall.PRIO_PROCESS, 0, -20)
+	hurry()
 	everything := tree{
 		own:  func(children []int) []int { return children },
 		reap: func([]int) bool { return reap() },
 	}
 	killing.Lock()
+	reap() // what has ended needs no signal
 	left := everything.kill(func(d time.Duration) bool {
 		killing.Unlock()
 		defer killing.Lock()
@@ -214,6 +219,16 @@ func run() int {
 	}
 	writeFrame(control, frameEnded, numbers(uint32(status), uint32(left)))
 	return 0
+}
+
+// hurry lets this thread go before all that isn't in a hurry, if it may. A nice
+// value wouldn't do: the kernel may share the processor between sessions first.
+func hurry() {
+	const fifo, resetOnFork = 1, 0x40000000
+	lowest := int32(1)
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_SCHED_SETSCHEDULER, 0, fifo|resetOnFork, uintptr(unsafe.Pointer(&lowest))); errno != 0 {
+		syscall.Setpriority(syscall.PRIO_PROCESS, 0, -20)
+	}
 }
 
 // awaitChild waits until a child has ended, or there is none. It doesn't reap.

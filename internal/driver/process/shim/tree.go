@@ -162,14 +162,15 @@ type tree struct {
 }
 
 // pass goes from the children down to the last descendants, and sends each the
-// signal that choose wants, if it isn't 0.
+// signal that choose wants, if it isn't 0. Choose also says whether the process
+// has had its signal before, so that nothing new is below it.
 //
 // Speed matters: what forks and exits as fast as it can is a child of ours for
 // less than a millisecond, and has to be met before it forks. A signal that is
 // pending keeps a process from forking. So each gets its signal before its
 // children are read: these are all that it will ever have, or it has ended and
 // they are our children the next time.
-func (t *tree) pass(choose func(pid int) syscall.Signal) (found, denied int, none bool, err error) {
+func (t *tree) pass(choose func(pid int) (sig syscall.Signal, known bool)) (found, denied int, none bool, err error) {
 	self := os.Getpid()
 	// Orphans go to the main thread. Other threads' children are those that
 	// they have started.
@@ -194,13 +195,18 @@ func (t *tree) pass(choose func(pid int) syscall.Signal) (found, denied int, non
 	}
 	for len(level) > 0 {
 		found += len(level)
+		var open, next []process
 		for _, p := range level {
-			if sig := choose(p.pid); sig != 0 && p.signal(sig) == syscall.EPERM {
+			sig, known := choose(p.pid)
+			if sig != 0 && p.signal(sig) == syscall.EPERM {
 				denied++
+				known = false
+			}
+			if !known {
+				open = append(open, p)
 			}
 		}
-		var next []process
-		for _, p := range level {
+		for _, p := range open {
 			for _, pid := range children(p.pid) {
 				next = append(next, process{pid, p.pid})
 			}
@@ -227,12 +233,12 @@ func (t *tree) kill(wait func(time.Duration) (none bool)) (left int) {
 	limit := -1
 	for limit < 0 || len(stopped) < limit {
 		before := len(stopped)
-		found, _, none, err := t.pass(func(pid int) syscall.Signal {
+		found, _, none, err := t.pass(func(pid int) (syscall.Signal, bool) {
 			if stopped[pid] || limit >= 0 && len(stopped) >= limit {
-				return 0
+				return 0, true
 			}
 			stopped[pid] = true
-			return syscall.SIGSTOP
+			return syscall.SIGSTOP, false
 		})
 		if none {
 			return 0
@@ -250,10 +256,10 @@ func (t *tree) kill(wait func(time.Duration) (none bool)) (left int) {
 	for pause := time.Duration(0); !wait(pause); {
 		again := make(map[int]bool)
 		fresh := false
-		found, denied, none, err := t.pass(func(pid int) syscall.Signal {
+		found, denied, none, err := t.pass(func(pid int) (syscall.Signal, bool) {
 			fresh = fresh || !killed[pid]
 			again[pid] = true
-			return syscall.SIGKILL
+			return syscall.SIGKILL, killed[pid]
 		})
 		killed = again
 		switch {
