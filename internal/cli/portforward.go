@@ -127,7 +127,7 @@ func parsePorts(args []string) ([]portArg, error) {
 		if local != "" {
 			number, err := strconv.ParseUint(local, 10, 16)
 			if err != nil {
-				return nil, fmt.Errorf("error parsing local port '%s': %w", local, err)
+				return nil, fmt.Errorf("invalid local port '%s': expected a number from 0 to 65535, where 0 is a random port", local)
 			}
 			port.local = uint16(number)
 		}
@@ -137,11 +137,8 @@ func parsePorts(args []string) ([]portArg, error) {
 			port.name = remote
 		} else {
 			number, err := strconv.ParseUint(remote, 10, 16)
-			if err != nil {
-				return nil, fmt.Errorf("error parsing remote port '%s': %w", remote, err)
-			}
-			if number == 0 {
-				return nil, errors.New("remote port must be > 0")
+			if err != nil || number == 0 {
+				return nil, fmt.Errorf("invalid remote port '%s': expected a number from 1 to 65535 or the name of one of the target's ports", remote)
 			}
 			port.remote = uint16(number)
 		}
@@ -184,6 +181,9 @@ func namedPort(target *v1.Target, name string) (uint16, error) {
 	}
 	if len(known) == 0 {
 		return 0, fmt.Errorf("target %q has no port named %q: it lists no ports", target.Name, name)
+	}
+	if len(known) == 1 {
+		return 0, fmt.Errorf("target %q has no port named %q: its only port is %s", target.Name, name, known[0])
 	}
 	return 0, fmt.Errorf("target %q has no port named %q: its ports are %s", target.Name, name, strings.Join(known, ", "))
 }
@@ -276,27 +276,17 @@ func (o *portForwardOptions) forward(ctx context.Context, c *client) error {
 	f := &forwarder{remote: remote, out: &lockedWriter{w: c.Out}, errOut: &lockedWriter{w: c.ErrOut}}
 	err = f.run(ctx, pairs, o.addresses)
 	if errors.Is(err, errLost) {
-		return fmt.Errorf("lost connection to target %q%w", o.target, because(remote.transport.cause()))
+		reason := ""
+		if cause := remote.transport.cause(); cause != nil {
+			reason = " (" + cause.Error() + ")"
+		}
+		return fmt.Errorf("the connection to the server was lost%s, and port-forwarding to target %q has ended: run the command again to go on", reason, o.target)
 	}
 	return err
 }
 
 // errLost ends a port-forward whose connection to the server has ended.
 var errLost = errors.New("lost connection")
-
-// reasonSuffix is an error that reads as the end of a sentence.
-type reasonSuffix struct{ err error }
-
-func (r reasonSuffix) Unwrap() error { return r.err }
-
-func (r reasonSuffix) Error() string {
-	if r.err == nil {
-		return ""
-	}
-	return ": " + r.err.Error()
-}
-
-func because(err error) error { return reasonSuffix{err} }
 
 // lockedWriter lets many connections report.
 type lockedWriter struct {

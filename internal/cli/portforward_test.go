@@ -42,14 +42,15 @@ func TestParsePorts(t *testing.T) {
 			want: []portArg{{remote: 5000}, {remote: 5000}, {name: "http"}}},
 		"a name that begins with a digit": {
 			args: []string{"3proxy"}, want: []portArg{{sameLocal: true, name: "3proxy"}}},
-		"the largest port":         {args: []string{"65535:65535"}, want: []portArg{{local: 65535, remote: 65535}}},
-		"too many parts":           {args: []string{"1:2:3"}, wantErr: "invalid port format '1:2:3'"},
-		"nothing":                  {args: []string{""}, wantErr: "invalid port format ''"},
-		"no remote port":           {args: []string{"80:"}, wantErr: "invalid port format '80:'"},
-		"remote port 0":            {args: []string{"80:0"}, wantErr: "remote port must be > 0"},
-		"remote port out of range": {args: []string{"65536"}, wantErr: `error parsing remote port '65536': strconv.ParseUint: parsing "65536": value out of range`},
-		"a negative remote port":   {args: []string{"-1"}, wantErr: `error parsing remote port '-1': strconv.ParseUint: parsing "-1": invalid syntax`},
-		"a local port by name":     {args: []string{"http:80"}, wantErr: `error parsing local port 'http': strconv.ParseUint: parsing "http": invalid syntax`},
+		"the largest port":          {args: []string{"65535:65535"}, want: []portArg{{local: 65535, remote: 65535}}},
+		"too many parts":            {args: []string{"1:2:3"}, wantErr: "invalid port format '1:2:3'"},
+		"nothing":                   {args: []string{""}, wantErr: "invalid port format ''"},
+		"no remote port":            {args: []string{"80:"}, wantErr: "invalid port format '80:'"},
+		"remote port 0":             {args: []string{"80:0"}, wantErr: "invalid remote port '0': expected a number from 1 to 65535 or the name of one of the target's ports"},
+		"remote port out of range":  {args: []string{"65536"}, wantErr: "invalid remote port '65536': expected a number from 1 to 65535 or the name of one of the target's ports"},
+		"a negative remote port":    {args: []string{"-1"}, wantErr: "invalid remote port '-1': expected a number from 1 to 65535 or the name of one of the target's ports"},
+		"a local port by name":      {args: []string{"http:80"}, wantErr: "invalid local port 'http': expected a number from 0 to 65535, where 0 is a random port"},
+		"a local port out of range": {args: []string{"99999:80"}, wantErr: "invalid local port '99999': expected a number from 0 to 65535, where 0 is a random port"},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -77,6 +78,7 @@ func TestResolvePorts(t *testing.T) {
 	target := process("web", func(target *v1.Target) {
 		target.Spec.Ports = []v1.TargetPort{{Name: "http", Port: 8080}, {Name: "dns", Port: 53, Protocol: v1.ProtocolUDP}}
 	})
+	single := process("web", func(target *v1.Target) { target.Spec.Ports = []v1.TargetPort{{Name: "http", Port: 8080}} })
 	tests := map[string]struct {
 		arg     string
 		target  *v1.Target
@@ -88,6 +90,7 @@ func TestResolvePorts(t *testing.T) {
 		"a name with a random local port":       {arg: ":http", target: target, want: portPair{0, 8080}},
 		"a number needs no target":              {arg: "80:81", want: portPair{80, 81}},
 		"an unknown name":                       {arg: "https", target: target, wantErr: `target "web" has no port named "https": its ports are http (8080), dns (53)`},
+		"an unknown name where there is one":    {arg: "https", target: single, wantErr: `target "web" has no port named "https": its only port is http (8080)`},
 		"a name where there are no ports":       {arg: "https", target: process("db"), wantErr: `target "db" has no port named "https": it lists no ports`},
 		"UDP isn't forwarded as if it were TCP": {arg: "dns", target: target, wantErr: `port "dns" of target "web" is a UDP port: only TCP can be forwarded`},
 	}
@@ -430,9 +433,13 @@ func TestPortForwardLosesItsServer(t *testing.T) {
 		if code := cmd.wait(); code != 1 {
 			t.Errorf("exit code %d, want 1", code)
 		}
-		t.Logf("stderr %q", cmd.errOut)
-		if got, want := cmd.errOut.String(), `error: lost connection to target "web"`; !strings.Contains(got, want) {
-			t.Errorf("stderr %q lacks %q", got, want)
+		for _, want := range []string{
+			"error: the connection to the server was lost",
+			`port-forwarding to target "web" has ended: run the command again to go on` + "\n",
+		} {
+			if got := cmd.errOut.String(); !strings.Contains(got, want) {
+				t.Errorf("stderr %q lacks %q", got, want)
+			}
 		}
 		if _, err := local.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("the local connection ended with %v, want a reset", err)

@@ -188,15 +188,30 @@ func (s *testServer) serveWatch(w http.ResponseWriter, r *http.Request, selector
 	}
 }
 
-func (s *testServer) event(kind string, target *v1.Target) {
-	raw, err := json.Marshal(target)
-	if err != nil {
-		s.t.Error(err)
+// event tells the watchers of a change. A target that comes to match a selector
+// is added for them, one that no longer does is deleted. s.mu is held.
+func (s *testServer) event(before, now *v1.Target) {
+	matches := func(selector labels.Selector, target *v1.Target) bool {
+		return target != nil && selector.Matches(labels.Set(target.Labels))
 	}
 	for watcher, selector := range s.watchers {
-		if selector.Matches(labels.Set(target.Labels)) {
-			watcher <- metav1.WatchEvent{Type: kind, Object: runtime.RawExtension{Raw: raw}}
+		kind, object := "MODIFIED", now
+		switch was, is := matches(selector, before), matches(selector, now); {
+		case !was && !is:
+			continue
+		case !was:
+			kind = "ADDED"
+		case !is:
+			kind = "DELETED"
+			if now == nil {
+				object = before
+			}
 		}
+		raw, err := json.Marshal(object)
+		if err != nil {
+			s.t.Error(err)
+		}
+		watcher <- metav1.WatchEvent{Type: kind, Object: runtime.RawExtension{Raw: raw}}
 	}
 }
 
@@ -208,12 +223,9 @@ func (s *testServer) apply(target *v1.Target) {
 	target = target.DeepCopy()
 	target.TypeMeta = metav1.TypeMeta{Kind: "Target", APIVersion: v1.SchemeGroupVersion.String()}
 	target.ResourceVersion = fmt.Sprint(s.version)
-	kind := "ADDED"
-	if _, ok := s.targets[target.Name]; ok {
-		kind = "MODIFIED"
-	}
+	before := s.targets[target.Name]
 	s.targets[target.Name] = target
-	s.event(kind, target)
+	s.event(before, target)
 }
 
 func (s *testServer) delete(name string) {
@@ -223,7 +235,7 @@ func (s *testServer) delete(name string) {
 	target := s.targets[name].DeepCopy()
 	target.ResourceVersion = fmt.Sprint(s.version)
 	delete(s.targets, name)
-	s.event("DELETED", target)
+	s.event(target, nil)
 }
 
 func (s *testServer) seen() []string {
