@@ -11,6 +11,7 @@ import (
 
 	"aaserver.io/aaserver/apis/streaming/install"
 	"aaserver.io/aaserver/registry/access"
+	"aaserver.io/aaserver/registry/event"
 )
 
 var (
@@ -27,6 +28,7 @@ func newScheme() *runtime.Scheme {
 	scheme := runtime.NewScheme()
 	install.Install(scheme)
 	utilruntime.Must(access.Install(scheme))
+	utilruntime.Must(event.Install(scheme))
 	// The generic server answers with types of the version v1 without a group.
 	unversioned := schema.GroupVersion{Version: "v1"}
 	metav1.AddToGroupVersion(scheme, unversioned)

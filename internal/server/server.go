@@ -9,17 +9,21 @@ package server
 import (
 	"context"
 	"fmt"
+	"maps"
 	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
 	openapinamer "k8s.io/apiserver/pkg/endpoints/openapi"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/component-base/metrics/legacyregistry"
+	"k8s.io/kube-openapi/pkg/common"
 
 	"aaserver.io/aaserver/apis/generated/openapi"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/version"
 	"aaserver.io/aaserver/registry/access"
+	"aaserver.io/aaserver/registry/event"
 	"aaserver.io/aaserver/registry/target"
 )
 
@@ -34,9 +38,9 @@ type ExtraConfig struct {
 	// Target configures the resource targets. Its Authorizer is the generic
 	// server's; it needn't be set.
 	Target target.Options
-	// SelfAccessReviews serves SelfSubjectAccessReview, which is otherwise the
-	// main API server's.
-	SelfAccessReviews bool
+	// Standalone serves what is otherwise the main API server's and clients rely
+	// on: SelfSubjectAccessReview and Events.
+	Standalone bool
 	// DrainTimeout bounds how long open sessions may take to end at shutdown.
 	DrainTimeout time.Duration
 }
@@ -46,16 +50,22 @@ type ExtraConfig struct {
 func NewConfig() *Config {
 	generic := genericapiserver.NewRecommendedConfig(Codecs)
 	namer := openapinamer.NewDefinitionNamer(Scheme)
-	generic.OpenAPIConfig = genericapiserver.DefaultOpenAPIConfig(openapi.GetOpenAPIDefinitions, namer)
+	generic.OpenAPIConfig = genericapiserver.DefaultOpenAPIConfig(openAPIDefinitions, namer)
 	generic.OpenAPIConfig.Info.Title = "aaserver"
 	generic.OpenAPIConfig.Info.Version = version.Get().Version
-	generic.OpenAPIV3Config = genericapiserver.DefaultOpenAPIV3Config(openapi.GetOpenAPIDefinitions, namer)
+	generic.OpenAPIV3Config = genericapiserver.DefaultOpenAPIV3Config(openAPIDefinitions, namer)
 	generic.OpenAPIV3Config.Info.Title = "aaserver"
 	generic.OpenAPIV3Config.Info.Version = version.Get().Version
 	generic.EffectiveVersion = newEffectiveVersion()
 	generic.LongRunningFunc = longRunning
 	generic.BuildHandlerChainFunc = buildHandlerChain
 	return &Config{Generic: generic}
+}
+
+func openAPIDefinitions(ref common.ReferenceCallback) map[string]common.OpenAPIDefinition {
+	definitions := openapi.GetOpenAPIDefinitions(ref)
+	maps.Copy(definitions, event.OpenAPIDefinitions(ref))
+	return definitions
 }
 
 type completedConfig struct {
@@ -97,10 +107,19 @@ func (c completedConfig) New() (*Server, error) {
 		return nil, err
 	}
 
-	if c.extra.SelfAccessReviews {
+	if c.extra.Standalone {
 		group := genericapiserver.NewDefaultAPIGroupInfo(authorizationv1.GroupName, Scheme, ParameterCodec, Codecs)
 		group.VersionedResourcesStorageMap[authorizationv1.SchemeGroupVersion.Version] = access.Storage(c.generic.Authorization.Authorizer)
 		if err := generic.InstallAPIGroup(&group); err != nil {
+			return nil, err
+		}
+		events, err := event.Storage(Scheme, c.generic.RESTOptionsGetter, event.DefaultTTL)
+		if err != nil {
+			return nil, fmt.Errorf("the storage of events: %w", err)
+		}
+		core := genericapiserver.NewDefaultAPIGroupInfo(corev1.GroupName, Scheme, ParameterCodec, Codecs)
+		core.VersionedResourcesStorageMap[corev1.SchemeGroupVersion.Version] = events
+		if err := generic.InstallLegacyAPIGroup(genericapiserver.DefaultLegacyAPIPrefix, &core); err != nil {
 			return nil, err
 		}
 	}
