@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -211,6 +212,61 @@ spec:
 			"targets/attach:create,get", "targets/exec:create,get", "targets/portforward:create,get", "targets/port-forward:create,get",
 			"targets/log:get", "targets/logs:get", "targets/scale:get,patch,update", "targets/status:get,patch,update")
 		wantContains(t, "logs by its second name", s.kubectl("get", "--raw", "/apis/streaming.aaserver.io/v1/namespaces/default/targets/web/logs?instance=web-0"), "web-0 listens on")
+	})
+	t.Run("events are kept, and described with what they are about", func(t *testing.T) {
+		uid := s.kubectl("get", "target", "web", "-o", "jsonpath={.metadata.uid}")
+		event := fmt.Sprintf(`
+apiVersion: v1
+kind: Event
+metadata: {name: web.1}
+type: Warning
+reason: Unhealthy
+message: the probe failed
+firstTimestamp: %[1]s
+lastTimestamp: %[1]s
+count: 3
+source: {component: prober}
+involvedObject: {apiVersion: streaming.aaserver.io/v1, kind: Target, namespace: default, name: web, uid: %[2]s}
+`, time.Now().UTC().Format(time.RFC3339), uid)
+		s.kubectlStdin(event, "create", "-f", "-")
+		_, described, ok := strings.Cut(s.kubectl("describe", "target", "web"), "Events:")
+		if !ok {
+			t.Error("describe has no section of events")
+		}
+		wantContains(t, "the described events", described, "Warning", "Unhealthy", "prober", "the probe failed")
+		wantContains(t, "get", s.kubectl("get", "events"), "LAST SEEN", "TYPE", "REASON", "OBJECT", "MESSAGE", "target/web", "the probe failed")
+		wantContains(t, "get by short name, wide", s.kubectl("get", "ev", "-o", "wide"), "FIRST SEEN", "COUNT", "web.1")
+		wantContains(t, "kubectl events", s.kubectl("events", "--for", "target/web"), "Unhealthy")
+		if got := s.kubectl("get", "events", "--field-selector", "involvedObject.name=ticker,reason=Unhealthy", "-o", "name"); got != "" {
+			t.Errorf("another target's events: %q", got)
+		}
+		wantContains(t, "explain", s.kubectl("explain", "event.involvedObject"), "The object that this event is about", "fieldPath")
+		s.kubectlStdin(strings.Replace(event, "count: 3", "count: 4", 1), "apply", "--server-side", "--force-conflicts", "-f", "-")
+		if got := s.kubectl("get", "event", "web.1", "-o", "jsonpath={.count}"); got != "4" {
+			t.Errorf("applied, the count is %q, want 4", got)
+		}
+		r := s.run(binaries.kubectl, strings.Replace(event, "namespace: default", "namespace: other", 1), "replace", "-f", "-")
+		wantContains(t, "about what is in another namespace", r.stderr, "involvedObject.namespace")
+		s.kubectl("delete", "event", "web.1")
+	})
+	t.Run("a list that was printed can be applied", func(t *testing.T) {
+		for name, args := range map[string][]string{
+			"by the client": nil,
+			"by the server": {"--server-side", "--force-conflicts"},
+		} {
+			list := s.kubectl("get", "target", "web", "ticker", "-o", "yaml")
+			wantContains(t, "what is printed", list, "kind: List")
+			wantContains(t, name, s.kubectlStdin(list, append([]string{"apply", "-f", "-"}, args...)...), "streaming.aaserver.io/web", "streaming.aaserver.io/ticker")
+		}
+	})
+	t.Run("api-resources", func(t *testing.T) {
+		table := strings.Fields(s.kubectl("api-resources", "--no-headers"))
+		want := strings.Fields(`events ev v1 true Event
+			selfsubjectaccessreviews authorization.k8s.io/v1 false SelfSubjectAccessReview
+			targets tgt streaming.aaserver.io/v1 true Target`)
+		if !slices.Equal(table, want) {
+			t.Errorf("got %q, want %q", table, want)
+		}
 	})
 	t.Run("access reviews", func(t *testing.T) {
 		if got := s.kubectl("auth", "can-i", "create", "targets/exec"); strings.TrimSpace(got) != "yes" {
