@@ -341,6 +341,8 @@ func (f *fakeHost) List(context.Context) ([]driver.InstanceStatus, error) {
 
 func (f *fakeHost) Changes() <-chan types.UID { return f.changes }
 
+func (f *fakeHost) Shutdown(context.Context) error { return nil }
+
 func (f *fakeHost) Close() error { return nil }
 
 func (f *fakeHost) Open(context.Context, driver.Request) (driver.Conn, error) {

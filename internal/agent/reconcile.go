@@ -598,16 +598,15 @@ func (h *hosted) owner(i *instance) portOwner {
 
 // gracePeriod is how long an instance may take to end.
 func (h *hosted) gracePeriod() time.Duration {
-	seconds := v1.DefaultTerminationGracePeriodSeconds
-	switch {
-	case h.target == nil:
-	case h.target.DeletionGracePeriodSeconds != nil:
-		// The spec's, unless whoever deletes the target asked for another.
-		seconds = *h.target.DeletionGracePeriodSeconds
-	case h.target.Spec.TerminationGracePeriodSeconds != nil:
-		seconds = *h.target.Spec.TerminationGracePeriodSeconds
+	target := h.target
+	if target == nil {
+		target = &v1.Target{} // an orphan
 	}
-	return time.Duration(seconds) * time.Second
+	if seconds := target.DeletionGracePeriodSeconds; seconds != nil {
+		// The spec's, unless whoever deletes the target asked for another.
+		return time.Duration(*seconds) * time.Second
+	}
+	return target.Spec.GracePeriod()
 }
 
 func (h *hosted) ascending() []*instance {

@@ -218,6 +218,11 @@ type Host interface {
 	// has a single receiver.
 	Changes() <-chan types.UID
 
+	// Shutdown asks everything that runs to end, as Stop does, each with the
+	// grace period of its target. It returns when nothing runs any more, or
+	// with context.Cause(ctx) when ctx ends. Close follows it.
+	Shutdown(ctx context.Context) error
+
 	// Close kills everything that runs and returns when nothing is left.
 	Close() error
 }

@@ -540,6 +540,8 @@ spec:
 	gone("kill -9 of the server")
 
 	s = startServer(t, dir)
+	// What is stored says Ready until the agent has looked.
+	s.kubectl("wait", "target/daemons", "--for=jsonpath={.status.instances[0].restartCount}=1", "--timeout=30s")
 	s.kubectl("wait", "target/daemons", "--for=condition=Ready", "--timeout=30s")
 	last := s.kubectl("get", "target", "daemons", "-o", "jsonpath={.status.instances[0].restartCount} {.status.instances[0].lastState.terminated.reason}")
 	if last != "1 AgentLost" {
@@ -750,8 +752,38 @@ func TestSecondStart(t *testing.T) {
 	if got := s.kubectl("get", "target", "web", "-o", "jsonpath={.metadata.uid} {.metadata.labels.kept}"); got != uid+" yes" {
 		t.Errorf("web is %q, want %q", got, uid+" yes")
 	}
-	s.kubectl("wait", "targets", "--all", "--for=condition=Ready", "--timeout=30s")
+	s.kubectl("wait", "target/ticker", "--for=jsonpath={.status.instances[0].restartCount}=1", "--timeout=30s")
 	if got := s.target("logs", "ticker", "--previous").stdout; !strings.Contains(got, "tick 2\n") {
 		t.Errorf("the log of the run before the restart is %q", tail(got, 200))
+	}
+}
+
+// TestProcessesEndByThemselves gives processes their grace period when the
+// server ends.
+func TestProcessesEndByThemselves(t *testing.T) {
+	dir := t.TempDir()
+	s := startServer(t, dir)
+	for name, script := range map[string]string{
+		"polite":   "trap 'sleep 1; echo saved; exit 0' TERM; echo up; while :; do sleep 0.1; done",
+		"stubborn": "trap '' TERM; echo up; while :; do sleep 0.1; done",
+	} {
+		s.kubectlStdin(fmt.Sprintf(`{apiVersion: streaming.aaserver.io/v1, kind: Target, metadata: {name: %s},
+			spec: {terminationGracePeriodSeconds: 3, process: {command: [sh, -c, %q]}}}`, name, script), "create", "-f", "-")
+		s.kubectl("wait", "target/"+name, "--for=condition=Ready", "--timeout=30s")
+		s.eventually(name+" is up", 30*time.Second, func() error {
+			if got := s.target("logs", name).stdout; got != "up\n" {
+				return fmt.Errorf("log: %q", got)
+			}
+			return nil
+		})
+	}
+	s.stop(syscall.SIGTERM, 30*time.Second)
+	s = startServer(t, dir)
+	s.kubectl("wait", "targets", "--all", "--for=jsonpath={.status.instances[0].restartCount}=1", "--timeout=30s")
+	if got := s.target("logs", "polite", "--previous").stdout; got != "up\nsaved\n" {
+		t.Errorf("the log of what ended by itself is %q", got)
+	}
+	if got := s.target("logs", "stubborn", "--previous").stdout; got != "up\n" {
+		t.Errorf("the log of what was killed is %q", got)
 	}
 }

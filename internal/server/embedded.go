@@ -36,17 +36,18 @@ const (
 
 // embeddedAgent is an agent in this server.
 type embeddedAgent struct {
-	name  string
-	logs  string
-	agent *agent.Agent
+	name        string
+	logs        string
+	stopTimeout time.Duration
+	agent       *agent.Agent
 
 	mu   sync.RWMutex
 	host *process.Driver // guarded by mu; nil while the agent doesn't run here
 }
 
 // newEmbeddedAgent returns an agent that keeps the logs of its targets in a
-// directory.
-func newEmbeddedAgent(name, logs string, config *genericapiserver.RecommendedConfig) (*embeddedAgent, error) {
+// directory, and gives their processes stopTimeout at most when the server ends.
+func newEmbeddedAgent(name, logs string, stopTimeout time.Duration, config *genericapiserver.RecommendedConfig) (*embeddedAgent, error) {
 	client, err := versioned.NewForConfig(config.LoopbackClientConfig)
 	if err != nil {
 		return nil, err
@@ -58,7 +59,7 @@ func newEmbeddedAgent(name, logs string, config *genericapiserver.RecommendedCon
 	if err := embedded.Register(legacyregistry.Register); err != nil {
 		return nil, err
 	}
-	return &embeddedAgent{name: name, logs: logs, agent: embedded}, nil
+	return &embeddedAgent{name: name, logs: logs, stopTimeout: stopTimeout, agent: embedded}, nil
 }
 
 // driver finds the driver of a target, if this agent hosts it.
@@ -77,8 +78,10 @@ func (e *embeddedAgent) driver(target *v1.Target) (driver.Driver, error) {
 	return e.host, nil
 }
 
-// run runs the agent until ctx ends, and returns when nothing of it is left.
-func (e *embeddedAgent) run(ctx context.Context) (err error) {
+// run runs the agent until ctx ends. Then, once served is closed, its processes
+// get a chance to end by themselves; it returns when nothing of them is left.
+// That held ends means that the agent is another server's: it ends everything at once.
+func (e *embeddedAgent) run(ctx, held context.Context, served <-chan struct{}) (err error) {
 	host, err := process.New(process.Options{Dir: e.logs})
 	if err != nil {
 		return err
@@ -88,7 +91,23 @@ func (e *embeddedAgent) run(ctx context.Context) (err error) {
 		e.set(nil)
 		err = errors.Join(err, host.Close())
 	}()
-	return e.agent.Run(ctx, map[string]driver.Host{v1.SourceProcess: host})
+	agentCtx, stop := context.WithCancel(ctx)
+	defer stop()
+	defer context.AfterFunc(held, stop)()
+	if err := e.agent.Run(agentCtx, map[string]driver.Host{v1.SourceProcess: host}); err != nil {
+		return err
+	}
+	select {
+	case <-served: // its streams were told that the server ends, not their instances
+	case <-held.Done():
+		return nil
+	}
+	graceCtx, cancel := context.WithTimeout(held, e.stopTimeout)
+	defer cancel()
+	if err := host.Shutdown(graceCtx); err != nil {
+		klog.FromContext(ctx).Info("Killing the processes that have not ended in time", "agent", e.name, "timeout", e.stopTimeout)
+	}
+	return nil
 }
 
 func (e *embeddedAgent) set(host *process.Driver) {
@@ -99,7 +118,7 @@ func (e *embeddedAgent) set(host *process.Driver) {
 
 // runLeased runs the agent whenever this server holds the agent's Lease, so that
 // of several servers only one runs its processes.
-func (e *embeddedAgent) runLeased(ctx context.Context, client kubernetes.Interface, namespace string) error {
+func (e *embeddedAgent) runLeased(ctx context.Context, served <-chan struct{}, client kubernetes.Interface, namespace string) error {
 	hostname, err := os.Hostname()
 	if err != nil {
 		return err
@@ -110,7 +129,7 @@ func (e *embeddedAgent) runLeased(ctx context.Context, client kubernetes.Interfa
 		LockConfig: resourcelock.ResourceLockConfig{Identity: hostname + "_" + string(uuid.NewUUID())},
 	}
 	for ctx.Err() == nil {
-		if err := e.lead(ctx, lock); err != nil {
+		if err := e.lead(ctx, served, lock); err != nil {
 			return err
 		}
 	}
@@ -119,7 +138,7 @@ func (e *embeddedAgent) runLeased(ctx context.Context, client kubernetes.Interfa
 
 // lead waits for the Lease, runs the agent until ctx ends or the Lease is lost,
 // and lets go of the Lease when nothing of the agent is left.
-func (e *embeddedAgent) lead(ctx context.Context, lock resourcelock.Interface) error {
+func (e *embeddedAgent) lead(ctx context.Context, served <-chan struct{}, lock resourcelock.Interface) error {
 	log := klog.FromContext(ctx)
 	leading := make(chan context.Context, 1)
 	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
@@ -149,10 +168,7 @@ func (e *embeddedAgent) lead(ctx context.Context, lock resourcelock.Interface) e
 		return nil
 	case held := <-leading:
 		log.Info("This server holds the agent's Lease", "agent", e.name)
-		runCtx, stop := context.WithCancel(ctx)
-		defer stop()
-		defer context.AfterFunc(held, stop)()
-		err := e.run(runCtx)
+		err := e.run(ctx, held, served)
 		if ctx.Err() == nil {
 			log.Info("This server has lost the agent's Lease: its processes were ended", "agent", e.name)
 		}

@@ -65,6 +65,9 @@ type ServeOptions struct {
 	MaxSessions int
 	// DrainTimeout bounds how long open streams may take to end at shutdown.
 	DrainTimeout time.Duration
+	// StopTimeout bounds how long processes may take to end at shutdown, where
+	// their own grace periods are longer.
+	StopTimeout time.Duration
 
 	Recommended *genericoptions.RecommendedOptions
 	ServerRun   *genericoptions.ServerRunOptions
@@ -75,6 +78,7 @@ func NewServeOptions() *ServeOptions {
 	o := &ServeOptions{
 		MaxSessions:  session.DefaultMax,
 		DrainTimeout: 10 * time.Second,
+		StopTimeout:  30 * time.Second,
 		Recommended:  genericoptions.NewRecommendedOptions(etcdPrefix, Codecs.LegacyCodec(v1.SchemeGroupVersion)),
 		ServerRun:    genericoptions.NewServerRunOptions(),
 	}
@@ -100,6 +104,7 @@ func (o *ServeOptions) AddFlags(flags *pflag.FlagSet) {
 	flags.StringSliceVar(&o.AllowedOrigins, "allowed-origins", o.AllowedOrigins, "The origins, as https://console.example.com, that browsers may connect to streams from. The server's own is always allowed.")
 	flags.IntVar(&o.MaxSessions, "max-sessions", o.MaxSessions, "How many logs, execs, attaches and port-forwards may be open at once on this server.")
 	flags.DurationVar(&o.DrainTimeout, "drain-timeout", o.DrainTimeout, "How long open streams may take to end when the server shuts down.")
+	flags.DurationVar(&o.StopTimeout, "stop-timeout", o.StopTimeout, "How long processes may take to end when the server shuts down, where the grace periods of their targets are longer.")
 	o.Recommended.AddFlags(flags)
 	o.ServerRun.AddUniversalFlags(flags)
 }
@@ -173,6 +178,9 @@ func (o *ServeOptions) Validate() error {
 	if o.DrainTimeout < 0 {
 		errs = append(errs, fmt.Errorf("--drain-timeout %s must not be negative", o.DrainTimeout))
 	}
+	if o.StopTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--stop-timeout %s must not be negative", o.StopTimeout))
+	}
 	etcd := o.Recommended.Etcd
 	o.Recommended.Etcd = nil // validated above: it demands servers
 	errs = append(errs, o.Recommended.Validate()...)
@@ -222,7 +230,7 @@ func (o *ServeOptions) Run(ctx context.Context) (err error) {
 	}
 	var embedded *embeddedAgent
 	if o.EmbeddedAgent != "" {
-		if embedded, err = newEmbeddedAgent(o.EmbeddedAgent, filepath.Join(o.DataDir, "logs"), config.Generic); err != nil {
+		if embedded, err = newEmbeddedAgent(o.EmbeddedAgent, filepath.Join(o.DataDir, "logs"), o.StopTimeout, config.Generic); err != nil {
 			return err
 		}
 		config.Extra.Target.Drivers = embedded.driver
@@ -234,10 +242,9 @@ func (o *ServeOptions) Run(ctx context.Context) (err error) {
 	case err != nil:
 		return err
 	}
-	agentCtx, stopAgent := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopAgent()
+	served := make(chan struct{})
 	group.Go(func() error {
-		defer stopAgent()
+		defer close(served)
 		return failed("the API server", server.Generic.PrepareRun().RunWithContext(ctx))
 	})
 	if embedded != nil {
@@ -246,7 +253,7 @@ func (o *ServeOptions) Run(ctx context.Context) (err error) {
 			return err
 		}
 		group.Go(func() error {
-			return failed("the embedded agent", embedded.runLeased(agentCtx, main, o.LeaseNamespace))
+			return failed("the embedded agent", embedded.runLeased(ctx, served, main, o.LeaseNamespace))
 		})
 	}
 	return group.Wait()

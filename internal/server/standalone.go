@@ -63,6 +63,9 @@ type StandaloneOptions struct {
 	MaxSessions int
 	// DrainTimeout bounds how long open streams may take to end at shutdown.
 	DrainTimeout time.Duration
+	// StopTimeout bounds how long processes may take to end at shutdown, where
+	// their own grace periods are longer.
+	StopTimeout time.Duration
 	// Demo creates the demo's targets.
 	Demo bool
 
@@ -90,6 +93,7 @@ func NewStandaloneOptions() *StandaloneOptions {
 	return &StandaloneOptions{
 		MaxSessions:   session.DefaultMax,
 		DrainTimeout:  10 * time.Second,
+		StopTimeout:   30 * time.Second,
 		Etcd:          genericoptions.NewEtcdOptions(storageConfig()),
 		SecureServing: serving.WithLoopback(),
 		Audit:         genericoptions.NewAuditOptions(),
@@ -113,6 +117,7 @@ func (o *StandaloneOptions) AddFlags(flags *pflag.FlagSet) {
 	flags.StringSliceVar(&o.Hostnames, "hostname", o.Hostnames, "A further name or address that the serving certificate is for. May be given several times.")
 	flags.IntVar(&o.MaxSessions, "max-sessions", o.MaxSessions, "How many logs, execs, attaches and port-forwards may be open at once.")
 	flags.DurationVar(&o.DrainTimeout, "drain-timeout", o.DrainTimeout, "How long open streams may take to end when the server shuts down.")
+	flags.DurationVar(&o.StopTimeout, "stop-timeout", o.StopTimeout, "How long processes may take to end when the server shuts down, where the grace periods of their targets are longer.")
 	flags.BoolVar(&o.Demo, "demo", o.Demo, "Create the targets web, ticker and shell in the namespace default, to try things on.")
 	o.Etcd.AddFlags(flags)
 	o.Audit.AddFlags(flags)
@@ -140,6 +145,9 @@ func (o *StandaloneOptions) Validate() error {
 	}
 	if o.DrainTimeout < 0 {
 		errs = append(errs, fmt.Errorf("--drain-timeout %s must not be negative", o.DrainTimeout))
+	}
+	if o.StopTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--stop-timeout %s must not be negative", o.StopTimeout))
 	}
 	if o.etcd() {
 		errs = append(errs, o.Etcd.Validate()...)
@@ -192,7 +200,7 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	local, err := newEmbeddedAgent(LocalAgent, filepath.Join(dir, "logs"), config.Generic)
+	local, err := newEmbeddedAgent(LocalAgent, filepath.Join(dir, "logs"), o.StopTimeout, config.Generic)
 	if err != nil {
 		return err
 	}
@@ -202,15 +210,12 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 		return err
 	}
 
-	// The agent outlives the API server: while that drains, instances end and
-	// are reported as always.
-	agentCtx, stopAgent := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopAgent()
+	served := make(chan struct{})
 	group.Go(func() error {
-		defer stopAgent()
+		defer close(served)
 		return failed("the API server", server.Generic.PrepareRun().RunWithContext(ctx))
 	})
-	group.Go(func() error { return failed("the agent", local.run(agentCtx)) })
+	group.Go(func() error { return failed("the agent", local.run(ctx, context.WithoutCancel(ctx), served)) })
 	group.Go(func() error {
 		certificates.Run(ctx)
 		return nil

@@ -3,6 +3,7 @@ package v1
 import (
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Names of the sources, as the fields of the spec that hold them.
@@ -32,6 +33,15 @@ func (s *TargetSpec) Source() string {
 // are reached where they are.
 func (s *TargetSpec) Hosted() bool {
 	return s.Process != nil || s.Container != nil
+}
+
+// GracePeriod is how long an instance may take to end.
+func (s *TargetSpec) GracePeriod() time.Duration {
+	seconds := DefaultTerminationGracePeriodSeconds
+	if s.TerminationGracePeriodSeconds != nil {
+		seconds = *s.TerminationGracePeriodSeconds
+	}
+	return time.Duration(seconds) * time.Second
 }
 
 // InstanceNames returns the names of the instances that the spec asks for, in

@@ -2,6 +2,7 @@ package drivertest
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"testing"
@@ -221,6 +222,30 @@ func testHost(t *testing.T, h Harness) {
 		}
 	})
 
+	t.Run("Shutdown lets everything end by itself", func(t *testing.T) {
+		host, target := h.Host(t), h.Target(t, Instance{Script: "trap 'echo bye; exit 3' TERM; echo ready; " + idle})
+		start(t, host, target)
+		l := open[driver.Logger](t, host, request(target))
+		awaitLines(t, l, 1)
+		if err := host.Shutdown(bounded(t)); err != nil {
+			t.Fatalf("Shutdown: %v", err)
+		}
+		if lines, _ := readLog(t, l, driver.LogOptions{}); len(lines) != 2 {
+			t.Errorf("the log is %v, want two lines", lines)
+		}
+	})
+
+	t.Run("Shutdown waits no longer than it may", func(t *testing.T) {
+		host, target := h.Host(t), h.Target(t, Instance{Script: "trap '' TERM; echo ready; " + idle})
+		start(t, host, target)
+		awaitLines(t, open[driver.Logger](t, host, request(target)), 1)
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 100*time.Millisecond, errImpatient)
+		defer cancel()
+		if err := host.Shutdown(ctx); !errors.Is(err, errImpatient) {
+			t.Errorf("Shutdown: %v, want the context's cause", err)
+		}
+	})
+
 	t.Run("Close ends everything, and then nothing starts", func(t *testing.T) {
 		host, target := h.Host(t), h.Target(t, Instance{Script: "trap '' TERM; echo ready; " + idle})
 		start(t, host, target)
@@ -255,3 +280,5 @@ func testHost(t *testing.T, h Harness) {
 		}
 	})
 }
+
+var errImpatient = errors.New("the test waits no longer")
