@@ -383,9 +383,11 @@ func probeEtcd(ctx context.Context, client *http.Client, server string) error {
 		response.Body.Close()
 		return nil
 	}
-	_, network := errors.AsType[net.Error](errors.Unwrap(err))
+	// An alert of TLS is a remote error. A server that speaks gRPC alone may
+	// reset the connection: that isn't one.
+	network, ok := errors.AsType[*net.OpError](err)
 	_, certificate := errors.AsType[*tls.CertificateVerificationError](err)
-	if network || certificate {
+	if certificate || ok && (network.Op == "dial" || network.Op == "remote error") {
 		return errors.Unwrap(err) // without the URL, which is none of etcd's own
 	}
 	return nil
