@@ -30,7 +30,9 @@ type Stdio struct {
 	// io.WriterTo, which io.Copy uses.
 	Stdin io.ReadCloser
 	// Stdout and Stderr block while the client is slow. They fail once it has
-	// gone; the context ends then, too. Stderr is nil with a terminal.
+	// gone; the context ends then, too. Some seconds after the context's end
+	// they fail in any case, also a Write that is under way. Stderr is nil with
+	// a terminal.
 	Stdout, Stderr io.Writer
 	// Resize delivers the sizes of the client's terminal, the last one if
 	// several wait. It is closed when no more will come, and nil without a
@@ -98,7 +100,6 @@ func serveCommandWebSocket(w http.ResponseWriter, r *http.Request, req CommandRe
 		return err
 	}
 	defer c.close()
-	defer c.bound()()
 
 	var stdio Stdio
 	var stdin *inbox
@@ -280,8 +281,8 @@ func serveCommandSPDY(w http.ResponseWriter, r *http.Request, req CommandRequest
 	ready := make(chan struct{})
 
 	// Called by the reader alone, until ready.
-	accept := func(c *spdyConn, s *spdyStream) bool {
-		kind := s.headers.Get("streamType")
+	accept := func(c *spdyConn, s *spdyStream, headers http.Header) bool {
+		kind := headers.Get("streamType")
 		if have, ok := wanted[kind]; !ok || have != nil {
 			return false
 		}
@@ -302,7 +303,6 @@ func serveCommandSPDY(w http.ResponseWriter, r *http.Request, req CommandRequest
 		return err
 	}
 	defer c.close()
-	defer c.bound()()
 	reader := c.serve(accept)
 
 	timer := time.NewTimer(opts.SetupTimeout)
@@ -363,7 +363,7 @@ func serveCommandSPDY(w http.ResponseWriter, r *http.Request, req CommandRequest
 	if stdin != nil {
 		stdin.Close()
 	}
-	if c.finish(nil) == nil {
+	if c.finish() == nil {
 		c.linger(reader)
 	}
 	return err

@@ -322,7 +322,7 @@ func TestCommandClientThatTakesNothingDoesNotHoldUpADrain(t *testing.T) {
 		stuck := make(chan struct{})
 		drain := errors.New("drained")
 		s := newServer(t, func(w http.ResponseWriter, r *http.Request) error {
-			return ServeCommand(w, r.WithContext(ctx), CommandRequest{Stdout: true}, Options{}, func(ctx context.Context, stdio Stdio) error {
+			return ServeCommand(w, r.WithContext(ctx), CommandRequest{Stdout: true}, Options{closeGrace: 300 * time.Millisecond}, func(ctx context.Context, stdio Stdio) error {
 				data := make([]byte, 1<<20)
 				timer := time.AfterFunc(300*time.Millisecond, func() { close(stuck) })
 				defer timer.Stop()
@@ -648,12 +648,12 @@ func TestCommandWebSocketFaults(t *testing.T) {
 		wantCode int // of the close frame
 	}{
 		"a message of more than 32 MiB":  {"v5.channel.k8s.io", []byte{0x82, 0x80 | 127, 0, 0, 0, 0, 2, 0, 0, 1, 0, 0, 0, 0, 0}, websocket.CloseMessageTooBig},
-		"a message of 2^63 bytes":        {"v5.channel.k8s.io", []byte{0x82, 0x80 | 127, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, 0},
+		"a message of 2^63 bytes":        {"v5.channel.k8s.io", []byte{0x82, 0x80 | 127, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, websocket.CloseProtocolError},
 		"an unmasked frame":              {"v5.channel.k8s.io", []byte{0x82, 2, 0, 'x'}, websocket.CloseProtocolError},
 		"a continuation of nothing":      {"v5.channel.k8s.io", rawFrame(0x80, "x"), websocket.CloseProtocolError},
 		"a compressed frame":             {"v5.channel.k8s.io", rawFrame(0xc2, "x"), websocket.CloseProtocolError},
-		"what is no base64":              {"v4.base64.channel.k8s.io", rawFrame(0x81, "0!!!!"), 0},
-		"base64 that breaks off":         {"v4.base64.channel.k8s.io", rawFrame(0x81, "0YWJ"), 0},
+		"what is no base64":              {"v4.base64.channel.k8s.io", rawFrame(0x81, "0!!!!"), websocket.CloseProtocolError},
+		"base64 that breaks off":         {"v4.base64.channel.k8s.io", rawFrame(0x81, "0YWJ"), websocket.CloseProtocolError},
 		"a ping of more than 125 bytes":  {"v5.channel.k8s.io", rawFrame(0x89, strings.Repeat("x", 126)), websocket.CloseProtocolError},
 		"a close frame with a bad code":  {"v5.channel.k8s.io", rawFrame(0x88, "\x00\x01"), websocket.CloseProtocolError},
 		"a close frame with broken text": {"v5.channel.k8s.io", rawFrame(0x88, "\x03\xe8\xff"), websocket.CloseProtocolError},
@@ -670,8 +670,8 @@ func TestCommandWebSocketFaults(t *testing.T) {
 			if _, err := c.NetConn().Write(tc.frames); err != nil {
 				t.Fatal(err)
 			}
-			if err := s.closeAfterFault(t, c); tc.wantCode != 0 && err != tc.wantCode {
-				t.Errorf("close code %d, want %d", err, tc.wantCode)
+			if code := s.closeAfterFault(t, c); code != tc.wantCode {
+				t.Errorf("close code %d, want %d", code, tc.wantCode)
 			}
 			if err := s.result(t); !errors.Is(err, ErrProtocol) {
 				t.Errorf("got %v, want %v", err, ErrProtocol)

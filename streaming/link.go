@@ -17,9 +17,6 @@ import (
 )
 
 const (
-	// closeGrace is how long what was already under way may take to be written
-	// once the request's context has ended.
-	closeGrace = 5 * time.Second
 	// slowWrite is how long a write takes if the peer, or the way to it, is
 	// slow: more than a scheduler's hiccup.
 	slowWrite = 200 * time.Millisecond
@@ -35,7 +32,8 @@ const (
 //
 // Everything that can go wrong with the connection ends in fail, which cancels
 // the context with the cause and closes the connection; that unblocks whoever
-// reads or writes it.
+// reads or writes it. If the context ends otherwise, the connection is closed
+// after Options.closeGrace at the latest.
 type link struct {
 	opts   Options
 	ctx    context.Context // the session's
@@ -44,7 +42,8 @@ type link struct {
 	start  time.Time
 
 	conn net.Conn     // as hijacked
-	tcp  *net.TCPConn // below it, nil if unknown
+	raw  net.Conn     // conn without TLS, whose Close can wait for the peer
+	tcp  *net.TCPConn // the same, nil if it is no TCP connection
 	pre  []byte       // what the HTTP server had read already; the reader's
 
 	// Liveness, in nanoseconds since start; 0 is never.
@@ -56,9 +55,12 @@ type link struct {
 	pinged    atomic.Int64 // when the first ping since lastRead was written
 	pinging   atomic.Bool  // a ping is being written
 
-	wmu  sync.Mutex // serialises writes; protects the two below
+	wmu  sync.Mutex // serialises writes; protects the three below
 	head [192]byte  // for the headers of the frame that is being written
 	vec  [2][]byte
+	last bool // the last frame was written
+
+	unbound func() // undoes bound
 
 	wg     sync.WaitGroup // all goroutines of the session
 	pongs  atomic.Bool    // a pong is being written
@@ -81,13 +83,11 @@ func (l *link) hijack(w http.ResponseWriter) (*bufio.ReadWriter, error) {
 		return nil, fmt.Errorf("this connection can't be upgraded: %w", err)
 	}
 	conn.SetDeadline(time.Time{})
-	l.conn = conn
-	switch c := conn.(type) {
-	case *net.TCPConn:
-		l.tcp = c
-	case *tls.Conn:
-		l.tcp, _ = c.NetConn().(*net.TCPConn)
+	l.conn, l.raw = conn, conn
+	if c, ok := conn.(*tls.Conn); ok {
+		l.raw = c.NetConn()
 	}
+	l.tcp, _ = l.raw.(*net.TCPConn)
 	if n := rw.Reader.Buffered(); n > 0 {
 		early, _ := rw.Reader.Peek(n)
 		l.pre = append(l.pre, early...)
@@ -116,6 +116,9 @@ func (l *link) Read(p []byte) (int, error) {
 
 // write writes head, which lies in l.head, and body as one. wmu is held.
 func (l *link) write(head, body []byte) error {
+	if l.last {
+		return net.ErrClosed
+	}
 	began := l.now()
 	l.sendStart.Store(began)
 	var err error
@@ -155,7 +158,7 @@ func (l *link) write(head, body []byte) error {
 // fail ends the session with a cause. The first one counts.
 func (l *link) fail(cause error) {
 	l.cancel(cause)
-	l.conn.Close()
+	l.raw.Close()
 }
 
 // over returns why nothing can be written to the client any more. Once the
@@ -179,14 +182,29 @@ func (l *link) gone(err error) error {
 	default:
 		err = fmt.Errorf("%w: %w", ErrClientGone, err)
 	}
+	if l.ctx.Err() == nil && errors.Is(err, ErrClientGone) {
+		l.fail(err) // nothing more is owed to it
+	}
 	l.cancel(err)
 	return context.Cause(l.ctx)
 }
 
+// farewell ends the session at the client's word. say answers it; close waits
+// for that.
+func (l *link) farewell(cause error, say func()) {
+	l.bmu.Lock() // quiet, and thereby close, waits for it
+	defer l.bmu.Unlock()
+	l.silence()
+	l.cancel(cause)
+	say()
+}
+
 // beat starts to watch the peer: ping is called at every interval, unless the
 // one before hasn't come through yet. stalled says that the peer isn't being
-// read from. ping may block; it is on a goroutine of its own.
+// read from. ping may block; it is on a goroutine of its own. From now on the
+// connection doesn't outlive the session's context for long, either.
 func (l *link) beat(ping func(stalled bool) error) {
+	l.bound()
 	interval := min(l.opts.PingInterval, l.opts.PeerTimeout/4)
 	tick := func() {
 		l.bmu.Lock()
@@ -245,22 +263,34 @@ func (l *link) dead() bool {
 func (l *link) quiet() {
 	l.bmu.Lock()
 	defer l.bmu.Unlock()
+	l.silence()
+}
+
+// silence ends the beats. bmu is held.
+func (l *link) silence() {
 	l.silent = true
 	if l.timer != nil {
 		l.timer.Stop()
 	}
 }
 
-// bound makes writes fail some time after the request's context has ended, so
-// that a client which takes nothing doesn't hold a drain up. The returned
-// function undoes it.
-func (l *link) bound() func() {
-	done := make(chan struct{})
-	stop := context.AfterFunc(l.parent, func() {
+// bound closes the connection some time after the session's context has ended,
+// for whatever reason, so that a client which takes nothing holds up neither
+// the callback nor a drain.
+func (l *link) bound() {
+	closed, done := make(chan struct{}), make(chan struct{})
+	stop := context.AfterFunc(l.ctx, func() {
 		defer close(done)
-		l.conn.SetWriteDeadline(time.Now().Add(closeGrace))
+		timer := time.NewTimer(l.opts.closeGrace)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+			l.raw.Close()
+		case <-closed:
+		}
 	})
-	return func() {
+	l.unbound = func() {
+		close(closed)
 		if !stop() {
 			<-done
 		}
@@ -276,18 +306,9 @@ func (l *link) linger(reader <-chan struct{}) {
 	silence := min(lingerSilence, l.opts.PeerTimeout)
 	timer := time.NewTimer(silence)
 	defer timer.Stop()
-	ended := l.parent.Done()
-	var grace <-chan time.Time
 	for {
 		select {
 		case <-reader:
-			return
-		case <-ended:
-			ended = nil
-			t := time.NewTimer(closeGrace)
-			defer t.Stop()
-			grace = t.C
-		case <-grace:
 			return
 		case <-timer.C:
 			now := l.now()
@@ -303,7 +324,14 @@ func (l *link) linger(reader <-chan struct{}) {
 // close closes the connection and waits for the session's goroutines.
 func (l *link) close() {
 	l.quiet()
-	l.conn.Close()
+	l.unbound()
+	if l.conn != l.raw {
+		// TLS says goodbye, for which it would wait five seconds.
+		hurry := time.AfterFunc(slowWrite, func() { l.raw.Close() })
+		l.conn.Close()
+		hurry.Stop()
+	}
+	l.raw.Close()
 	l.wg.Wait()
 	l.cancel(nil)
 }

@@ -2,9 +2,12 @@ package streaming
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"time"
+
+	"github.com/gorilla/websocket"
 )
 
 // The subprotocols of a log over WebSocket. Without one it is binary.
@@ -21,20 +24,33 @@ var logSubprotocols = []string{"binary.k8s.io", "base64.binary.k8s.io", ""}
 // error is returned.
 //
 // write's context ends, with a cause, when the client goes or r's context
-// ends.
+// ends. Over plain HTTP, where there are no pings, a client that takes a Write
+// or a Flush for longer than Options.StallTimeout has gone, with
+// ErrPeerTimeout: a pager may keep it waiting for that long.
 func ServeLog(w http.ResponseWriter, r *http.Request, follow bool, opts Options, write func(ctx context.Context, out io.Writer) error) error {
 	opts = opts.withDefaults()
 	if isWebSocket(r) {
 		return serveLogWebSocket(w, r, opts, write)
 	}
 	out := &httpLog{w: w, control: http.NewResponseController(w), follow: follow, stall: opts.StallTimeout}
-	ctx := context.WithValue(r.Context(), protocolKey{}, "http")
-	ended := make(chan struct{})
+	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), protocolKey{}, "http"))
+	defer cancel(nil)
+	written, ended := make(chan struct{}), make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(ended)
-		out.control.SetWriteDeadline(time.Now().Add(closeGrace)) // a paused client doesn't hold a drain up
+		grace := opts.closeGrace // a paused client doesn't hold a drain up
+		if errors.Is(context.Cause(ctx), ErrPeerTimeout) {
+			grace = 0
+		}
+		out.abort(grace, r.ProtoMajor == 1, written)
 	})
+	out.stalled = time.AfterFunc(out.stall, func() { cancel(ErrPeerTimeout) })
+	out.stalled.Stop()
 	err := write(ctx, out)
+	if err != nil && out.begun {
+		out.Flush() // what there is goes out
+	}
+	close(written)
 	if !stop() {
 		<-ended
 	}
@@ -44,13 +60,16 @@ func ServeLog(w http.ResponseWriter, r *http.Request, follow bool, opts Options,
 	switch {
 	case err == nil:
 		out.begin()
-		out.control.SetWriteDeadline(time.Now().Add(opts.StallTimeout))
+		last := opts.StallTimeout
+		if ctx.Err() != nil {
+			last = opts.closeGrace
+		}
+		out.control.SetWriteDeadline(time.Now().Add(last))
 	case !out.begun:
 		return refuse(w, err)
 	default:
-		// What there is goes out, and the end of the response can't be
-		// written after it: the client reports an unexpected EOF.
-		out.control.Flush()
+		// The end of the response can't be written: the client reports an
+		// unexpected EOF.
 		out.control.SetWriteDeadline(time.Unix(1, 0))
 	}
 	return err
@@ -62,7 +81,29 @@ type httpLog struct {
 	control *http.ResponseController
 	follow  bool
 	stall   time.Duration
+	stalled *time.Timer // ends the session
 	begun   bool
+}
+
+// abort makes writes fail after grace, over HTTP/2 those of this stream alone,
+// until all is written. Over HTTP/1.1 that takes more than one deadline: when a
+// write fails, net/http closes the connection, and TLS replaces the deadline by
+// one in five seconds, for its goodbye.
+func (o *httpLog) abort(grace time.Duration, again bool, written <-chan struct{}) {
+	timer := time.NewTimer(grace)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+			o.control.SetWriteDeadline(time.Unix(1, 0))
+			if !again {
+				return
+			}
+			timer.Reset(slowWrite)
+		case <-written:
+			return
+		}
+	}
 }
 
 func (o *httpLog) begin() {
@@ -76,6 +117,8 @@ func (o *httpLog) begin() {
 }
 
 func (o *httpLog) Write(p []byte) (int, error) {
+	o.stalled.Reset(o.stall)
+	defer o.stalled.Stop()
 	o.begin()
 	n, err := o.w.Write(p)
 	if err == nil && o.follow {
@@ -86,6 +129,8 @@ func (o *httpLog) Write(p []byte) (int, error) {
 
 // Flush sends what was written, and the response's headers if nothing was.
 func (o *httpLog) Flush() {
+	o.stalled.Reset(o.stall)
+	defer o.stalled.Stop()
 	o.begin()
 	o.control.Flush()
 }
@@ -120,8 +165,11 @@ func serveLogWebSocket(w http.ResponseWriter, r *http.Request, opts Options, wri
 		}
 		return err
 	}
-	defer out.conn.bound()()
-	if out.conn.over() == nil && out.conn.finish(closing(err)) == nil {
+	code, reason := websocket.CloseNormalClosure, ""
+	if err != nil {
+		code, reason = websocket.CloseInternalServerErr, statusOf(err).Message
+	}
+	if out.conn.over() == nil && out.conn.finish(code, reason) == nil {
 		out.conn.linger(out.reader)
 	}
 	return err

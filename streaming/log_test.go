@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"strings"
 	"testing"
 	"time"
@@ -323,6 +324,104 @@ func TestLogOfASlowReaderIsBounded(t *testing.T) {
 				t.Errorf("%d bytes went to a client that reads none", n)
 			}
 			s.result(t)
+		})
+	}
+}
+
+// pausedLog serves a log that never ends, and the word "again" at /again.
+func pausedLog(t *testing.T, http2 bool, opts Options, cause *error) *server {
+	t.Helper()
+	s := &server{results: make(chan error, 1)}
+	s.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/again" {
+			io.WriteString(w, "again")
+			return
+		}
+		s.results <- ServeLog(w, r, true, opts, func(ctx context.Context, out io.Writer) error {
+			for buf := make([]byte, chunkSize); ; {
+				if _, err := out.Write(buf); err != nil {
+					<-ctx.Done()
+					*cause = context.Cause(ctx)
+					return err
+				}
+			}
+		})
+	}))
+	s.EnableHTTP2 = http2
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return s
+}
+
+func TestLogOverHTTPGivesUpAClientThatTakesNothing(t *testing.T) {
+	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var cause error
+			s := pausedLog(t, http2, Options{PeerTimeout: 200 * time.Millisecond, StallTimeout: 300 * time.Millisecond}, &cause)
+			resp := get(t, s)
+			if err := s.result(t); !errors.Is(err, ErrPeerTimeout) {
+				t.Errorf("got %v, want %v", err, ErrPeerTimeout)
+			}
+			if !errors.Is(cause, ErrPeerTimeout) {
+				t.Errorf("the context ended with %v, want %v", cause, ErrPeerTimeout)
+			}
+			if !http2 {
+				return
+			}
+			// The connection, which is that of many, goes on.
+			var reused bool
+			r, err := http.NewRequestWithContext(httptrace.WithClientTrace(testContext(t), &httptrace.ClientTrace{
+				GotConn: func(info httptrace.GotConnInfo) { reused = info.Reused },
+			}), "GET", s.URL+"/again", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			again, err := s.Client().Do(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer again.Body.Close()
+			if body, err := io.ReadAll(again.Body); string(body) != "again" || err != nil || !reused {
+				t.Errorf("another request got %q, %v, on the same connection: %t", body, err, reused)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err == nil {
+				t.Error("the log ended as if it were whole")
+			}
+		})
+	}
+}
+
+func TestLogOverHTTPWaitsForAPager(t *testing.T) {
+	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const stall = 400 * time.Millisecond
+			s := &server{results: make(chan error, 1)}
+			s.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				s.results <- ServeLog(w, r, true, Options{PeerTimeout: stall, StallTimeout: stall}, func(ctx context.Context, out io.Writer) error {
+					for range 3 { // between writes, no time counts
+						if _, err := out.Write(make([]byte, chunkSize)); err != nil {
+							return err
+						}
+						select {
+						case <-time.After(2 * stall):
+						case <-ctx.Done():
+							return context.Cause(ctx)
+						}
+					}
+					return nil
+				})
+			}))
+			s.EnableHTTP2 = http2
+			s.StartTLS()
+			t.Cleanup(s.Close)
+			if n, err := io.Copy(io.Discard, get(t, s).Body); n != 3*chunkSize || err != nil {
+				t.Errorf("got %d bytes, %v", n, err)
+			}
+			if err := s.result(t); err != nil {
+				t.Error(err)
+			}
 		})
 	}
 }

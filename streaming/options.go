@@ -32,6 +32,7 @@ type Options struct {
 	// waits for it nor send anything, while its kernel is still alive: a
 	// terminal under ^S or a pager. 0 is 30 minutes. Clients that ping while
 	// they are paused, as client-go does over WebSocket, aren't subject to it.
+	// A log over plain HTTP has it for each write.
 	StallTimeout time.Duration
 
 	// SetupTimeout is how long a client may take to create the streams it
@@ -42,12 +43,22 @@ type Options struct {
 	// was sent and hasn't read; 0 is 32 MiB. More than 1 MiB is kept only for a
 	// command that goes without reading for a time, and so that its client's
 	// writes don't time out: see the package comment.
+	//
+	// There is no bound over all commands. A client can fill 32 MiB in seven
+	// minutes, so that n commands at a time may take n × 32 MiB: a server that
+	// lets those whom it doesn't trust have thousands chooses less, down to
+	// 1 MiB, with which client-go can send nothing more to a command that
+	// doesn't read for a minute.
 	MaxStdin int
 
 	// MaxForwards bounds the connections that are open at a time in one
 	// port-forward session, those whose streams aren't complete yet included;
-	// 0 is 256.
+	// 0 is 256. Each may have 1 MiB that its port hasn't read.
 	MaxForwards int
+
+	// closeGrace is how long what was already under way may take to be written
+	// once the session's context has ended; 0 is 5 s. Tests shorten it.
+	closeGrace time.Duration
 }
 
 func (o Options) withDefaults() Options {
@@ -72,6 +83,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.MaxForwards <= 0 {
 		o.MaxForwards = 256
+	}
+	if o.closeGrace <= 0 {
+		o.closeGrace = 5 * time.Second
 	}
 	return o
 }

@@ -9,9 +9,11 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/gorilla/websocket"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/portforward"
 )
@@ -96,45 +98,58 @@ type forwarder struct {
 	mu    sync.Mutex // protects all below; never held while writing
 	pairs map[string]*pair
 	count int // connections, those in pairs included
+	// surplus is how many error streams are being told that count is too large.
+	surplus int
 }
+
+// maxRequestID bounds the name that a client gives a connection. client-go's is
+// a number.
+const maxRequestID = 128
 
 // pair is a connection of which not all streams have come yet.
 type pair struct {
 	port         uint16
 	errors, data *spdyStream
+	text         bool // HeaderErrorText
 	timer        *time.Timer
 }
 
 func (f *forwarder) serve(c *spdyConn) error {
 	defer c.close()
-	defer c.bound()()
 	reader := c.serve(f.accept)
 	<-c.ctx.Done()
 	cause := context.Cause(c.ctx)
-	if cause == ErrClientGone { //nolint:errorlint // wrapped, it says that something went wrong
-		cause = nil
-	}
 
 	f.mu.Lock()
 	for _, p := range f.pairs {
 		p.timer.Stop()
 	}
 	f.mu.Unlock()
-	if c.over() == nil && c.finish(cause) == nil {
+	if c.over() == nil && c.finish() == nil {
 		c.linger(reader)
+	}
+	if cause == ErrClientGone { //nolint:errorlint // wrapped, it says that something went wrong
+		return nil
 	}
 	return cause
 }
 
 // accept takes a stream, and starts to forward when it has both of a
 // connection.
-func (f *forwarder) accept(c *spdyConn, s *spdyStream) bool {
-	kind := s.headers.Get("streamType")
-	port, err := strconv.ParseUint(s.headers.Get("port"), 10, 16)
+func (f *forwarder) accept(c *spdyConn, s *spdyStream, headers http.Header) bool {
+	kind := headers.Get("streamType")
+	port, err := strconv.ParseUint(headers.Get("port"), 10, 16)
 	if err != nil || port == 0 || kind != "error" && kind != "data" {
 		return false
 	}
-	id := s.headers.Get("requestID")
+	text := kind == "error" && headers.Get(HeaderErrorText) == "true"
+	if kind == "error" {
+		s.in.Close() // nothing is to come on it
+	}
+	id := strings.Clone(headers.Get("requestID")) // it may be a small part of a header
+	if len(id) > maxRequestID {
+		return false
+	}
 	if id == "" {
 		// A client from before there were such IDs opens both streams one
 		// after the other, error first.
@@ -150,10 +165,14 @@ func (f *forwarder) accept(c *spdyConn, s *spdyStream) bool {
 	p := f.pairs[id]
 	if p == nil {
 		if f.count >= f.opts.MaxForwards {
-			if kind == "error" && s.headers.Get(HeaderErrorText) == "true" {
+			if text && f.surplus < f.opts.MaxForwards {
+				f.surplus++
 				c.wg.Go(func() {
 					fmt.Fprintf(s, "more than %d connections at a time", f.opts.MaxForwards)
 					s.Close()
+					f.mu.Lock()
+					defer f.mu.Unlock()
+					f.surplus--
 				})
 				return true
 			}
@@ -168,7 +187,7 @@ func (f *forwarder) accept(c *spdyConn, s *spdyStream) bool {
 		return false
 	}
 	if kind == "error" {
-		p.errors = s
+		p.errors, p.text = s, text
 	} else {
 		p.data = s
 	}
@@ -210,7 +229,7 @@ func (f *forwarder) forward(c *spdyConn, p *pair) {
 	defer p.errors.Close()
 	backend, err := f.open(c.ctx, p.port)
 	if err != nil {
-		if p.errors.headers.Get(HeaderErrorText) == "true" {
+		if p.text {
 			io.WriteString(p.errors, truncate(statusOf(err).Message, maxStatus))
 		}
 		p.data.Reset()
@@ -218,6 +237,7 @@ func (f *forwarder) forward(c *spdyConn, p *pair) {
 	}
 	// Reset before the error stream is closed: client-go waits for that one.
 	join(c.ctx, p.data.in, p.data, backend)
+	p.data.Close()
 }
 
 func (f *forwarder) open(ctx context.Context, port uint16) (PortStream, error) {
@@ -313,7 +333,6 @@ const maxLegacyPorts = 32
 // the lower one first.
 func (f *forwarder) serveLegacy(c *wsConn) error {
 	defer c.close()
-	defer c.bound()()
 	inboxes := make([]*inbox, len(f.allowed))
 	for i, port := range f.allowed {
 		inboxes[i] = newInbox(streamLimits)
@@ -346,11 +365,11 @@ func (f *forwarder) serveLegacy(c *wsConn) error {
 	}
 	wg.Wait()
 	cause := context.Cause(c.ctx)
-	if errors.Is(cause, ErrClientGone) {
-		cause = nil
-	}
-	if c.over() == nil && c.finish(closing(cause)) == nil {
+	if c.over() == nil && c.finish(websocket.CloseNormalClosure, "") == nil {
 		c.linger(reader)
+	}
+	if errors.Is(cause, ErrClientGone) {
+		return nil
 	}
 	return cause
 }

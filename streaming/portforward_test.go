@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -397,6 +398,7 @@ func TestPortForwardStreamsThatDoNotFit(t *testing.T) {
 		"no type":           {header("requestID", "9", "port", "80")},
 		"an unknown type":   {header("streamType", "stdin", "requestID", "9", "port", "80")},
 		"two error streams": {header("streamType", "error", "requestID", "9", "port", "80"), header("streamType", "error", "requestID", "9", "port", "80")},
+		"a long request ID": {header("streamType", "error", "requestID", strings.Repeat("9", maxRequestID+1), "port", "80")},
 		"two ports":         {header("streamType", "error", "requestID", "9", "port", "80"), header("streamType", "data", "requestID", "9", "port", "81")},
 	}
 	for name, headers := range cases {

@@ -26,6 +26,11 @@ const (
 	maxHeaderCount  = 32
 )
 
+// maxStreams bounds the streams that a connection keeps. Those of commands are
+// four; those of forwarded connections come in pairs, and as many error streams
+// again may be being told that there is no room.
+func maxStreams(opts Options) int { return 3*opts.MaxForwards + 4 }
+
 // streamLimits bound what a stream has been sent and hasn't read. SPDY as
 // Kubernetes speaks it has no flow control for each stream: a stream that is
 // full holds up the others.
@@ -165,10 +170,13 @@ const (
 	spdyCancel        = 5
 )
 
+// acceptFunc decides on a new stream. It is called by the reader, and must not
+// block. A stream doesn't keep its headers, as those can be large.
+type acceptFunc func(c *spdyConn, s *spdyStream, headers http.Header) bool
+
 // serve reads frames on a goroutine of its own until the connection ends;
-// then the channel it returns is closed. accept decides on each new stream; it
-// is called by the reader, and must not block.
-func (c *spdyConn) serve(accept func(*spdyConn, *spdyStream) bool) <-chan struct{} {
+// then the channel it returns is closed.
+func (c *spdyConn) serve(accept acceptFunc) <-chan struct{} {
 	done := make(chan struct{})
 	c.wg.Go(func() {
 		defer close(done)
@@ -183,7 +191,7 @@ func (c *spdyConn) serve(accept func(*spdyConn, *spdyStream) bool) <-chan struct
 	return done
 }
 
-func (c *spdyConn) read(accept func(*spdyConn, *spdyStream) bool) error {
+func (c *spdyConn) read(accept acceptFunc) error {
 	for {
 		head, err := c.r.Peek(8)
 		if err != nil {
@@ -233,7 +241,7 @@ func (c *spdyConn) readData(id uint32, flags byte, length int64) error {
 
 // readHeaders reads a frame with headers, which share one compressor, and
 // opens a stream if it is a SYN_STREAM.
-func (c *spdyConn) readHeaders(accept func(*spdyConn, *spdyStream) bool) error {
+func (c *spdyConn) readHeaders(accept acceptFunc) error {
 	frame, err := c.framer.ReadFrame()
 	if err != nil {
 		if network := (*spdy.Error)(nil); errors.As(err, &network) {
@@ -250,10 +258,16 @@ func (c *spdyConn) readHeaders(accept func(*spdyConn, *spdyStream) bool) error {
 		return c.control(spdyRstStream, id, spdyProtocolError)
 	}
 	c.lastID = id
-	s := &spdyStream{conn: c, id: id, headers: syn.Headers, in: newInbox(streamLimits)}
+	s := &spdyStream{conn: c, id: id, in: newInbox(streamLimits)}
 	c.mu.Lock()
-	c.streams[id] = s
+	full := len(c.streams) >= maxStreams(c.opts)
+	if !full {
+		c.streams[id] = s
+	}
 	c.mu.Unlock()
+	if full {
+		return c.control(spdyRstStream, id, spdyRefusedStream)
+	}
 	if syn.CFHeader.Flags&spdy.ControlFlagFin != 0 {
 		s.remoteClosed()
 	}
@@ -261,7 +275,7 @@ func (c *spdyConn) readHeaders(accept func(*spdyConn, *spdyStream) bool) error {
 	if err := c.reply(id); err != nil {
 		return err
 	}
-	if !accept(c, s) {
+	if !accept(c, s, syn.Headers) {
 		return s.abort(spdyRefusedStream)
 	}
 	if c.refuse {
@@ -382,23 +396,21 @@ func (c *spdyConn) data(id uint32, flags byte, p []byte) error {
 	return c.write(head, p)
 }
 
-// finish says goodbye; no more pings follow. A tunnel has a place for why it ends
-// early, cause.
-func (c *spdyConn) finish(cause error) error {
+// finish says goodbye; no more pings follow.
+func (c *spdyConn) finish() error {
 	c.quiet()
 	if err := c.control(spdyGoAway, c.lastID, 0); err != nil || c.ws == nil {
 		return err
 	}
-	return c.ws.finish(closing(cause))
+	return c.ws.finish(websocket.CloseNormalClosure, "")
 }
 
 // spdyStream is a stream that the client opened. Its halves end by FIN, both
 // at once by a reset.
 type spdyStream struct {
-	conn    *spdyConn
-	id      uint32
-	headers http.Header
-	in      *inbox
+	conn *spdyConn
+	id   uint32
+	in   *inbox
 
 	mu          sync.Mutex // protects all below; never held while writing
 	sent, ended bool       // our half, the client's half has ended
@@ -443,10 +455,14 @@ func (s *spdyStream) CloseWrite() error {
 	return s.conn.data(s.id, spdyFlagFin, nil)
 }
 
-// Close ends the stream: both halves are done with.
+// Close ends the stream: both halves are done with. The client may never end
+// its half, so that the stream isn't kept for that; what still comes for it is
+// thrown away.
 func (s *spdyStream) Close() error {
 	s.in.Close()
-	return s.CloseWrite()
+	err := s.CloseWrite()
+	s.conn.forget(s)
+	return err
 }
 
 // Reset tells the client that the stream failed.

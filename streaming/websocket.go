@@ -2,6 +2,7 @@ package streaming
 
 import (
 	"bufio"
+	"context"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
@@ -81,6 +82,7 @@ func (c wsNetConn) Write(p []byte) (int, error) {
 	if err := c.write(p, nil); err != nil {
 		return 0, err
 	}
+	c.last = p[0] == 0x80|websocket.CloseMessage
 	return len(p), nil
 }
 
@@ -132,7 +134,12 @@ func upgradeWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subp
 	ws.SetReadLimit(maxMessage)
 	ws.SetPingHandler(c.pong)
 	ws.SetPongHandler(func(string) error { return nil })
-	ws.SetCloseHandler(func(int, string) error { return nil })
+	ws.SetCloseHandler(func(code int, text string) error {
+		c.farewell(c.protocolError(&websocket.CloseError{Code: code, Text: text}), func() {
+			c.control(websocket.CloseMessage, websocket.FormatCloseMessage(code, ""))
+		})
+		return nil
+	})
 	c.beat(func(stalled bool) error {
 		if stalled {
 			// The client's pings aren't read at the moment. A pong that it
@@ -171,11 +178,13 @@ func (l *link) frame(opcode int, length int) []byte {
 	}
 }
 
-// control writes a control frame.
+// control writes a control frame. A close frame is the last.
 func (c *wsConn) control(opcode int, payload []byte) error {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
-	return c.write(append(c.frame(opcode, len(payload)), payload...), nil)
+	err := c.write(append(c.frame(opcode, len(payload)), payload...), nil)
+	c.last = c.last || opcode == websocket.CloseMessage
+	return err
 }
 
 // noChannel writes a message that has no channel.
@@ -205,17 +214,12 @@ func (c *wsConn) message(opcode, channel int, zero byte, p []byte) error {
 	return c.write(append(c.frame(opcode, 1+len(p)), zero+byte(channel)), p)
 }
 
-// closing is how a WebSocket is closed for err, nil if all is done.
-func closing(err error) (code int, reason string) {
-	if err != nil {
-		return websocket.CloseInternalServerErr, statusOf(err).Message
-	}
-	return websocket.CloseNormalClosure, ""
-}
-
 // finish sends the close frame; no more pings follow.
 func (c *wsConn) finish(code int, reason string) error {
 	c.quiet()
+	if errors.Is(context.Cause(c.ctx), ErrProtocol) {
+		code = websocket.CloseProtocolError
+	}
 	return c.control(websocket.CloseMessage, websocket.FormatCloseMessage(code, truncate(reason, 120)))
 }
 
@@ -254,12 +258,15 @@ func (c *wsConn) next(channels bool) (channel byte, r io.Reader, err error) {
 	return channel, r, nil
 }
 
-// protocolError tells a client that broke the protocol from one that left.
+// protocolError tells a client that broke the protocol from one that left, and
+// one that left in order, or just so, from one that had a reason.
 func (c *wsConn) protocolError(err error) error {
 	var corrupt base64.CorruptInputError
 	var closed *websocket.CloseError
 	var network net.Error
 	switch {
+	case websocket.IsCloseError(err, websocket.CloseNormalClosure, websocket.CloseGoingAway, websocket.CloseNoStatusReceived, websocket.CloseAbnormalClosure):
+		return ErrClientGone
 	case errors.As(err, &closed):
 		return fmt.Errorf("%w: %w", ErrClientGone, err)
 	case errors.Is(err, websocket.ErrReadLimit), errors.As(err, &corrupt), err == io.ErrUnexpectedEOF: // the last two are base64's
