@@ -264,52 +264,50 @@ func TestForkBombIsEnded(t *testing.T) {
 	}
 }
 
-// envHelperHops has the test binary start so many chains of processes, each of
-// which forks, and exits at once; it itself waits.
-const envHelperHops = "AASERVER_TEST_HOPS"
-
-func helperHops() {
-	n, err := strconv.Atoi(os.Getenv(envHelperHops))
-	if err != nil {
-		os.Exit(2)
-	}
-	for range n {
-		if pid, _, _ := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0); pid != 0 {
-			continue
-		}
-		// There is nothing of Go's runtime here. The end is for a test that
-		// fails.
-		for range 1000 {
-			pid, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0)
-			if pid != 0 || errno != 0 {
-				break
+// hops starts chains of processes, each of which forks and exits as fast as it
+// can. They end by themselves, for a test that fails.
+const hops = `
+#include <stdlib.h>
+#include <unistd.h>
+int main(int argc, char **argv) {
+	int gate[2];
+	pipe(gate);
+	for (int chains = atoi(argv[1]); chains > 0; chains--)
+		if (fork() == 0) {
+			char c;
+			close(gate[1]);
+			read(gate[0], &c, 1);
+			for (int left = 20000; ; left--) {
+				if (left == 0 || fork() != 0) _exit(0);
+				setsid();
 			}
-			syscall.RawSyscall(syscall.SYS_SETSID, 0, 0, 0)
 		}
-		syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
-	}
-	os.Stdout.WriteString("ready\n")
-	for {
-		syscall.Pause()
-	}
-}
+	close(gate[1]);
+	write(1, "ready\n", 6);
+	for (;;) pause();
+}`
 
 // TestWhatForksOnIsEnded is about processes that have a successor before they
 // are killed.
 func TestWhatForksOnIsEnded(t *testing.T) {
+	cc, err := exec.LookPath("cc")
+	if err != nil {
+		t.Skip("a shell forks too slowly: ", err)
+	}
+	program := filepath.Join(t.TempDir(), "hops")
+	compile := exec.Command(cc, "-O2", "-w", "-x", "c", "-o", program, "-")
+	compile.Stdin = strings.NewReader(hops)
+	if out, err := compile.CombinedOutput(); err != nil {
+		t.Skipf("%v: %s", err, out)
+	}
 	const chains = 100
 	for name, killShim := range map[string]bool{"by its shim": false, "by the agent": true} {
 		t.Run(name, func(t *testing.T) {
 			marker := newMarker()
 			d := newDriver(t, Options{})
-			source := v1.ProcessSource{Command: []string{"sleep", "1000"}, Env: []v1.EnvVar{{Name: envHelperHops, Value: fmt.Sprint(chains)}}}
-			target := newTarget(source)
-			start(t, d, target)
-			self, err := os.Executable()
-			if err != nil {
-				t.Fatal(err)
-			}
-			run, err := open(t, d, target).Exec(t.Context(), driver.ExecOptions{Command: []string{self, marker}})
+			target := newTarget(script("exec sleep 1000"))
+			id := start(t, d, target)
+			run, err := open(t, d, target).Exec(t.Context(), driver.ExecOptions{Command: []string{program, fmt.Sprint(chains), marker}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -320,8 +318,14 @@ func TestWhatForksOnIsEnded(t *testing.T) {
 			io.ReadFull(r, make([]byte, 6))
 			pids := marked(t, marker)
 			if killShim {
-				// The first is the one that waits, unless pids have come round.
-				syscall.Kill(parentOf(t, slices.Min(pids)), syscall.SIGKILL)
+				d.mu.Lock()
+				r := d.instances[id].run
+				d.mu.Unlock()
+				r.mu.Lock()
+				for child := range r.execs {
+					syscall.Kill(parentOf(t, child.PID), syscall.SIGKILL)
+				}
+				r.mu.Unlock()
 			} else {
 				cancel()
 			}

@@ -22,9 +22,6 @@ func TestMain(m *testing.M) {
 	if os.Getenv(envHelperAgent) != "" {
 		helperAgent()
 	}
-	if os.Getenv(envHelperHops) != "" {
-		helperHops()
-	}
 	if os.Getenv(envHelperThief) != "" {
 		helperThief()
 	}

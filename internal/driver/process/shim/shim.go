@@ -8,6 +8,11 @@
 //	                               ▲                    │
 //	                               └─── orphans ────────┘   (child subreaper)
 //
+// It isn't a sandbox. A command that runs as the agent's own user can stop its
+// shim. Then the shim goes on when the agent ends, but a command that stops it
+// over and over until after the agent's end, or kills it after, lives on. To
+// keep a command from that, run it as another user.
+//
 // A binary that links this package is a shim when it is called by [Name] and
 // has a control connection from its parent.
 //
