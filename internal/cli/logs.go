@@ -191,6 +191,8 @@ func (o *logsOptions) run(ctx context.Context, c *client) error {
 	}
 	out := &merger{w: outputWriter{c.Out}, color: printers.AllowsColorOutput(c.Out)}
 	switch {
+	case o.selector == "" && o.follow && !o.previous:
+		return followTarget(ctx, c, conn, out, o.target, query)
 	case o.selector == "":
 		return conn.copyLog(ctx, o.target, query, func(body io.Reader) error {
 			if out.color && o.prefix {
