@@ -6,9 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
+	"reflect"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -218,23 +222,252 @@ func TestParseRef(t *testing.T) {
 	}
 }
 
-func TestBrokenLogIsAnError(t *testing.T) {
-	server := newTestServer(t, process("web"))
-	server.log = func(w http.ResponseWriter, r *http.Request, _ string) {
-		_ = streaming.ServeLog(w, r, true, streaming.Options{}, func(_ context.Context, out io.Writer) error {
-			io.WriteString(out, "first\n")
-			return errors.New("the disk is gone")
+const lostWarning = "warning: the connection to the server was lost and is being retried\n"
+
+func TestFollowEndsWithARefusal(t *testing.T) {
+	web := v1.Resource("targets")
+	tests := map[string]struct {
+		refusal *apierrors.StatusError
+		want    string
+	}{
+		"the target is gone": {
+			refusal: apierrors.NewNotFound(web, "web"),
+			want:    "Error from server (NotFound): targets.streaming.aaserver.io \"web\" not found\n"},
+		"it isn't allowed any more": {
+			refusal: apierrors.NewForbidden(web, "web", errors.New("no")),
+			want:    "Error from server (Forbidden): targets.streaming.aaserver.io \"web\" is forbidden: no\n"},
+		"it can't be done any more": {
+			refusal: apierrors.NewBadRequest("a tcp target has no log"),
+			want:    "Error from server (BadRequest): a tcp target has no log\n"},
+	}
+	for name, test := range tests {
+		for _, flag := range []string{"--all-instances=false", "--all-instances"} {
+			t.Run(name+" "+flag, func(t *testing.T) {
+				noLeaks(t)
+				server := newTestServer(t, instances(process("web"), map[string]int{"web-0": 0}))
+				logs := &logs{t: t, logs: map[string]*logOf{}}
+				server.log = logs.serve
+				logs.of("web-0").write(at(1, "first"))
+				var refuse atomic.Bool
+				server.intercept = func(w http.ResponseWriter, _ *http.Request) bool {
+					if refuse.Load() {
+						writeError(w, test.refusal)
+					}
+					return refuse.Load()
+				}
+				cmd := server.start(nil, "logs", "-f", "web", flag)
+				until(t, "the line", func() bool { return cmd.out.String() == "first\n" })
+				refuse.Store(true)
+				logs.of("web-0").change(func(l *logOf) { l.cut++ })
+				if code := cmd.wait(); code != 1 {
+					t.Errorf("exit code %d, want 1", code)
+				}
+				if diff := cmp.Diff(lostWarning+test.want, cmd.errOut.String()); diff != "" {
+					t.Errorf("stderr (-want +got):\n%s", diff)
+				}
+				if diff := cmp.Diff("first\n", cmd.out.String()); diff != "" {
+					t.Errorf("stdout (-want +got):\n%s", diff)
+				}
+			})
+		}
+	}
+}
+
+func TestFollowResumesOneTarget(t *testing.T) {
+	tests := map[string]struct {
+		args []string
+		// before are the lines that were printed when the connection is lost.
+		before, after string
+	}{
+		"the instance that the server picks": {
+			args: []string{"web"}, before: "one\n", after: "three\n"},
+		"an instance by name, with its prefix": {
+			args: []string{"web/web-0", "--prefix"}, before: "[web-0] one\n", after: "[web-0] three\n"},
+		"with times": {
+			args: []string{"web", "--timestamps"}, before: at(1, "one") + "\n", after: at(3, "three") + "\n"},
+		"the last line": {
+			args: []string{"web", "--tail=1"}, before: "one\n", after: "three\n"},
+		"all instances": {
+			args: []string{"web", "--all-instances", "--prefix"}, before: "[web-0] one\n[web-1] two\n", after: "[web-0] three\n[web-1] four\n[web-2] five\n"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			noLeaks(t)
+			web := process("web", func(target *v1.Target) { target.Spec.RestartPolicy = v1.RestartNever })
+			server := newTestServer(t, instances(web, map[string]int{"web-0": 0, "web-1": 0}))
+			logs := &logs{t: t, logs: map[string]*logOf{}}
+			server.log = logs.serve
+			logs.of("web-0").write(at(1, "one"))
+			logs.of("web-1").write(at(2, "two"))
+			var down atomic.Bool
+			turnedAway := make(chan struct{}, 1000)
+			server.intercept = func(w http.ResponseWriter, _ *http.Request) bool {
+				if !down.Load() {
+					return false
+				}
+				turnedAway <- struct{}{}
+				writeError(w, apierrors.NewServiceUnavailable("starting"))
+				return true
+			}
+			cmd := server.start(nil, append([]string{"logs", "-f"}, test.args...)...)
+			until(t, "the first lines", func() bool { return cmd.out.String() == test.before })
+
+			// The server goes, and what is written meanwhile isn't lost.
+			down.Store(true)
+			logs.of("web-0").change(func(l *logOf) { l.cut++ })
+			<-turnedAway
+			logs.of("web-0").write(at(3, "three"))
+			logs.of("web-1").write(at(4, "four"))
+			logs.of("web-2").write(at(5, "five"))
+			server.apply(instances(web, map[string]int{"web-0": 0, "web-1": 0, "web-2": 0}))
+			down.Store(false)
+			until(t, fmt.Sprintf("the rest after %q", cmd.out), func() bool {
+				return len(cmd.out.String()) >= len(test.before+test.after)
+			})
+
+			// All instances end for good.
+			for _, name := range []string{"web-0", "web-1", "web-2"} {
+				logs.of(name).change(func(l *logOf) { l.ended = true })
+			}
+			server.apply(instances(web, map[string]int{"web-0": -1, "web-1": -1, "web-2": -1}))
+			if code := cmd.wait(); code != 0 {
+				t.Errorf("exit code %d, want 0", code)
+			}
+			if diff := cmp.Diff(lostWarning, cmd.errOut.String()); diff != "" {
+				t.Errorf("stderr (-want +got):\n%s", diff)
+			}
+			sorted := slices.Sorted(strings.Lines(strings.TrimPrefix(cmd.out.String(), test.before)))
+			if diff := cmp.Diff(test.after, strings.Join(sorted, "")); diff != "" {
+				t.Errorf("stdout after the loss (-want +got):\n%s", diff)
+			}
 		})
 	}
-	cmd := server.start(nil, "logs", "-f", "web")
-	if code := cmd.wait(); code != 1 {
-		t.Errorf("exit code %d, want 1", code)
+}
+
+func TestOneWarningForAllStreams(t *testing.T) {
+	noLeaks(t)
+	const targets = 60
+	server := newTestServer(t)
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	each := func(f func(name string)) {
+		for i := range targets {
+			f(fmt.Sprint("t", i))
+		}
 	}
-	if got, want := cmd.errOut.String(), "error: the log broke off: "; !strings.HasPrefix(got, want) {
-		t.Errorf("stderr %q, want it to begin with %q", got, want)
+	each(func(name string) {
+		logs.of(name + "-0").write(at(1, name))
+		server.apply(instances(process(name), map[string]int{name + "-0": 0}))
+	})
+	var down atomic.Bool
+	turnedAway := make(chan struct{}, 1000)
+	server.intercept = func(w http.ResponseWriter, _ *http.Request) bool {
+		if !down.Load() {
+			return false
+		}
+		turnedAway <- struct{}{}
+		writeError(w, apierrors.NewServiceUnavailable("starting"))
+		return true
 	}
-	if diff := cmp.Diff("first\n", cmd.out.String()); diff != "" {
-		t.Errorf("stdout (-want +got):\n%s", diff)
+	cmd := server.start(nil, "logs", "-f", "-l", "app=shop")
+	until(t, "all lines", func() bool { return strings.Count(cmd.out.String(), "\n") == targets })
+	down.Store(true)
+	each(func(name string) { logs.of(name + "-0").change(func(l *logOf) { l.cut++ }) })
+	for range targets {
+		<-turnedAway
+	}
+	each(func(name string) { logs.of(name + "-0").write(at(2, name)) })
+	down.Store(false)
+	until(t, "all streams", func() bool { return strings.Count(cmd.out.String(), "\n") == 2*targets })
+	if diff := cmp.Diff(lostWarning, cmd.errOut.String()); diff != "" {
+		t.Errorf("stderr (-want +got):\n%s", diff)
+	}
+	cmd.cancel(terminated{syscall.SIGINT})
+	if code := cmd.wait(); code != 130 {
+		t.Errorf("exit code %d, want 130", code)
+	}
+}
+
+func TestTargetThatIsSelectedAgainRepeatsNothing(t *testing.T) {
+	noLeaks(t)
+	web := instances(process("web"), map[string]int{"web-0": 0})
+	other := web.DeepCopy()
+	other.Labels = map[string]string{"app": "other"}
+	server := newTestServer(t, web)
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	// Its own end shows that an event was seen.
+	marker := 0
+	seen := func(cmd *running) {
+		t.Helper()
+		marker++
+		name := fmt.Sprint("marker", marker)
+		logs.of(name + "-0").write(at(1, name))
+		server.apply(instances(process(name), map[string]int{name + "-0": 0}))
+		until(t, name, func() bool { return strings.Contains(cmd.out.String(), name+"\n") })
+	}
+	logs.of("web-0").write(at(1, "one"), at(2, "two"))
+	cmd := server.start(nil, "logs", "-f", "-l", "app=shop")
+	until(t, "the lines", func() bool { return cmd.out.String() == "one\ntwo\n" })
+	for range 3 {
+		server.apply(other)
+		seen(cmd)
+		server.apply(web)
+		seen(cmd)
+	}
+	logs.of("web-0").write(at(3, "three"))
+	until(t, "the next line", func() bool { return strings.Contains(cmd.out.String(), "three\n") })
+	cmd.cancel(terminated{syscall.SIGINT})
+	cmd.wait()
+	for _, line := range []string{"one\n", "two\n", "three\n"} {
+		if n := strings.Count(cmd.out.String(), line); n != 1 {
+			t.Errorf("%q comes %d times", line, n)
+		}
+	}
+}
+
+func TestTargetsThatHaveGoneAreRemembered(t *testing.T) {
+	noLeaks(t)
+	web := instances(process("web"), map[string]int{"web-0": 0})
+	server := newTestServer(t, web)
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	logs.of("web-0").write(at(1, "one"))
+	got := &output{}
+	c := newClient(genericiooptions.IOStreams{Out: got, ErrOut: got})
+	*c.flags.KubeConfig = server.kubeconfig()
+	conn, err := c.connect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := newFollower(t.Context(), conn, &merger{w: got}, got, &v1.TargetLogOptions{Follow: true})
+	f.drainTime = time.Millisecond
+	defer f.streams.Wait()
+	defer f.cancel(nil)
+	f.update(web)
+	until(t, "the line", func() bool { return got.String() == "one\n" })
+	f.remove(web.UID)
+	until(t, "the stream's end", func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return !f.targets[web.UID].streaming()
+	})
+	f.update(web)
+	logs.of("web-0").write(at(2, "two"))
+	until(t, "the next line", func() bool { return strings.Contains(got.String(), "two\n") })
+	if diff := cmp.Diff("one\ntwo\n", got.String()); diff != "" {
+		t.Errorf("output (-want +got):\n%s", diff)
+	}
+
+	for i := range 2 * maxRemembered {
+		gone := process(fmt.Sprint("gone", i))
+		f.update(gone)
+		f.remove(gone.UID)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if n := len(f.targets); n != maxRemembered+1 {
+		t.Errorf("%d targets are remembered, want %d and the one that is selected", n, maxRemembered)
 	}
 }
 
@@ -448,29 +681,60 @@ func (l *logs) of(instance string) *logOf {
 	return log
 }
 
+// names returns the instances that a request is about.
+func (l *logs) names(options *v1.TargetLogOptions) []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch _, ok := l.logs["web-0"]; {
+	case options.AllInstances:
+		return slices.Sorted(maps.Keys(l.logs))
+	case options.Instance == "" && ok:
+		return []string{"web-0"}
+	}
+	return []string{options.Instance}
+}
+
 func (l *logs) serve(w http.ResponseWriter, r *http.Request, _ string) {
 	options := decode[v1.TargetLogOptions](l.t, r)
-	log := l.of(options.Instance)
-	log.mu.Lock()
-	log.opened = append(log.opened, *options)
-	next, cut := 0, log.cut
-	if n := ptr.Deref(options.TailLines, -1); n >= 0 {
-		next = max(0, len(log.lines)-int(n))
+	names := l.names(options)
+	next, cut, logs := map[string]int{}, map[string]int{}, map[string]*logOf{}
+	for _, name := range names {
+		log := l.of(name)
+		logs[name] = log
+		log.mu.Lock()
+		log.opened = append(log.opened, *options)
+		cut[name] = log.cut
+		if n := ptr.Deref(options.TailLines, -1); n >= 0 {
+			next[name] = max(0, len(log.lines)-int(n))
+		}
+		for options.ResumeAfter != "" && next[name] < len(log.lines) && log.lines[next[name]] <= options.ResumeAfter+" ~" {
+			next[name]++
+		}
+		log.mu.Unlock()
 	}
-	for options.ResumeAfter != "" && next < len(log.lines) && log.lines[next] <= options.ResumeAfter+" ~" {
-		next++
-	}
-	log.mu.Unlock()
 	_ = streaming.ServeLog(w, r, true, streaming.Options{}, func(ctx context.Context, out io.Writer) error {
 		out.(http.Flusher).Flush()
 		for {
-			log.mu.Lock()
-			lines, ended, broken, changed := log.lines[next:], log.ended, log.cut != cut, log.changed
-			next = len(log.lines)
-			log.mu.Unlock()
-			for _, line := range lines {
-				if _, err := io.WriteString(out, line+"\n"); err != nil {
-					return err
+			running, broken := 0, false
+			wake := []reflect.SelectCase{{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ctx.Done())}}
+			for _, name := range names {
+				log := logs[name]
+				log.mu.Lock()
+				lines := log.lines[next[name]:]
+				next[name] = len(log.lines)
+				broken = broken || log.cut != cut[name]
+				if !log.ended {
+					running++
+				}
+				wake = append(wake, reflect.SelectCase{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(log.changed)})
+				log.mu.Unlock()
+				for _, line := range lines {
+					if options.Prefix {
+						line = "[" + name + "] " + line
+					}
+					if _, err := io.WriteString(out, line+"\n"); err != nil {
+						return err
+					}
 				}
 			}
 			switch {
@@ -478,12 +742,10 @@ func (l *logs) serve(w http.ResponseWriter, r *http.Request, _ string) {
 				// Half a line is on its way when it breaks.
 				io.WriteString(out, "2026-01-01T00:00:59Z hal")
 				return errors.New("broken")
-			case ended:
+			case running == 0:
 				return nil
 			}
-			select {
-			case <-changed:
-			case <-ctx.Done():
+			if i, _, _ := reflect.Select(wake); i == 0 {
 				return ctx.Err()
 			}
 		}
@@ -569,7 +831,7 @@ func TestFollowSelected(t *testing.T) {
 	// A stream breaks off in the middle of a line.
 	logs.of("web-1").change(func(l *logOf) { l.cut++ })
 	until(t, "the warning", func() bool {
-		return strings.Contains(cmd.errOut.String(), "warning: the log of web/web-1 is resumed: ")
+		return strings.HasSuffix(cmd.errOut.String(), lostWarning)
 	})
 	logs.of("web-1").write(at(6, "six"))
 	expect("[web-1] six")
