@@ -190,7 +190,8 @@ func (f *follower) resumeTarget(t *followedTarget, err error) error {
 	for name, instance := range t.instances {
 		f.stream(t, name, instance)
 	}
-	if len(t.instances) > 0 {
+	if !f.query.AllInstances && len(t.instances) > 0 {
+		// Nobody looks for more.
 		delete(f.lost, t)
 	}
 	f.mu.Unlock()
