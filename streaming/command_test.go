@@ -319,12 +319,12 @@ func TestCommandEndsWithItsRequest(t *testing.T) {
 func TestCommandClientThatTakesNothingDoesNotHoldUpADrain(t *testing.T) {
 	eachExecClient(t, func(t *testing.T, c execClient) {
 		ctx, cancel := context.WithCancelCause(t.Context())
-		stuck := make(chan struct{})
+		stuck := make(chan struct{}, 1)
 		drain := errors.New("drained")
 		s := newServer(t, func(w http.ResponseWriter, r *http.Request) error {
 			return ServeCommand(w, r.WithContext(ctx), CommandRequest{Stdout: true}, Options{closeGrace: 300 * time.Millisecond}, func(ctx context.Context, stdio Stdio) error {
 				data := make([]byte, 1<<20)
-				timer := time.AfterFunc(300*time.Millisecond, func() { close(stuck) })
+				timer := time.AfterFunc(300*time.Millisecond, func() { signal(stuck) })
 				defer timer.Stop()
 				for {
 					timer.Reset(300 * time.Millisecond)

@@ -388,3 +388,93 @@ func TestSPDYStreamsAreBounded(t *testing.T) {
 		t.Errorf("%d streams are kept, want %d", got, bound)
 	}
 }
+
+func TestNothingFollowsACloseFrame(t *testing.T) {
+	for name, frame := range map[string][]byte{
+		"the server's, for a fault":   {0x82, 2, 0, 'x'},
+		"the server's, in answer":     rawFrame(0x88, "\x03\xe8"),
+		"the server's, for bad codes": rawFrame(0x88, "\x00\x01"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := serveCommand(t, CommandRequest{Stdout: true}, Options{}, func(ctx context.Context, stdio Stdio) error {
+				<-ctx.Done()
+				return errors.New("the status says so")
+			})
+			c, err := net.Dial("tcp", s.addr())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(testTimeout))
+			fmt.Fprintf(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
+				"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v4.channel.k8s.io\r\n\r\n")
+			r := bufio.NewReader(c)
+			if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
+				t.Fatal(err, resp)
+			}
+			if _, err := c.Write(frame); err != nil {
+				t.Fatal(err)
+			}
+			frames, err := io.ReadAll(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// They are short: a byte for the type, one for the length.
+			for len(frames) > 1 && frames[0] != 0x88 {
+				frames = frames[2+int(frames[1]):]
+			}
+			if len(frames) < 2 || len(frames) != 2+int(frames[1]) {
+				t.Errorf("want a close frame and no more, got %q", frames)
+			}
+			if err := s.result(t); err == nil {
+				t.Error("the session ended without an error")
+			}
+		})
+	}
+}
+
+func TestCloseDoesNotWaitForTLS(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	client, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	raw, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	borrowed := httptest.NewTLSServer(nil) // for its certificate
+	defer borrowed.Close()
+	conn := tls.Server(raw, borrowed.TLS)
+	done := make(chan error, 1)
+	go func() { done <- tls.Client(client, &tls.Config{InsecureSkipVerify: true}).Handshake() }()
+	if err := conn.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	if err := wait(t, done, "the handshake"); err != nil {
+		t.Fatal(err)
+	}
+	r, err := http.NewRequestWithContext(t.Context(), "GET", "/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newLink(r, Options{}.withDefaults(), "")
+	l.conn, l.raw = conn, raw
+	l.beat(func(bool) error { return nil })
+	for _, size := range []int{chunkSize, 1} { // until not even a byte fits
+		raw.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+		for err = nil; err == nil; {
+			_, err = raw.Write(make([]byte, size))
+		}
+	}
+	began := time.Now()
+	l.close()
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("it took %v", took)
+	}
+}

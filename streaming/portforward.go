@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/gorilla/websocket"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/portforward"
 )
@@ -118,17 +119,17 @@ func (f *forwarder) serve(c *spdyConn) error {
 	reader := c.serve(f.accept)
 	<-c.ctx.Done()
 	cause := context.Cause(c.ctx)
-	if cause == ErrClientGone { //nolint:errorlint // wrapped, it says that something went wrong
-		cause = nil
-	}
 
 	f.mu.Lock()
 	for _, p := range f.pairs {
 		p.timer.Stop()
 	}
 	f.mu.Unlock()
-	if c.over() == nil && c.finish(cause) == nil {
+	if c.over() == nil && c.finish() == nil {
 		c.linger(reader)
+	}
+	if cause == ErrClientGone { //nolint:errorlint // wrapped, it says that something went wrong
+		return nil
 	}
 	return cause
 }
@@ -364,11 +365,11 @@ func (f *forwarder) serveLegacy(c *wsConn) error {
 	}
 	wg.Wait()
 	cause := context.Cause(c.ctx)
-	if errors.Is(cause, ErrClientGone) {
-		cause = nil
-	}
-	if c.over() == nil && c.finish(closing(cause)) == nil {
+	if c.over() == nil && c.finish(websocket.CloseNormalClosure, "") == nil {
 		c.linger(reader)
+	}
+	if errors.Is(cause, ErrClientGone) {
+		return nil
 	}
 	return cause
 }

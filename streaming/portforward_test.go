@@ -403,7 +403,7 @@ func TestPortForwardStreamsThatDoNotFit(t *testing.T) {
 	}
 	for name, headers := range cases {
 		t.Run(name, func(t *testing.T) {
-			s := servePortForward(t, PortForwardRequest{}, Options{}, dialLoopback)
+			s := servePortForward(t, PortForwardRequest{}, Options{SetupTimeout: time.Hour}, dialLoopback)
 			conn := dialSPDY(t, forwardClients["SPDY"], s.URL)
 			var last httpstream.Stream
 			for _, h := range headers {
