@@ -223,7 +223,7 @@ func testHost(t *testing.T, h Harness) {
 	})
 
 	t.Run("Shutdown lets everything end by itself", func(t *testing.T) {
-		host, target := h.Host(t), h.Target(t, Instance{Script: "trap 'echo bye; exit 3' TERM; echo ready; " + idle})
+		host, target := h.Host(t), h.Target(t, Instance{Script: "trap 'echo bye; exit 3' TERM; echo ready; while :; do sleep 0.1; done"})
 		start(t, host, target)
 		l := open[driver.Logger](t, host, request(target))
 		awaitLines(t, l, 1)
