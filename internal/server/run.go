@@ -4,10 +4,14 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"time"
 
+	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
+	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/storage"
+	"aaserver.io/aaserver/registry/target"
 )
 
 // openDataDir makes and locks a data directory.
@@ -46,4 +50,48 @@ func failed(what string, err error) error {
 		return nil
 	}
 	return fmt.Errorf("%s has failed: %w", what, err)
+}
+
+// StreamOptions is how streams and processes are bounded, however the server is
+// run.
+type StreamOptions struct {
+	// MaxSessions is how many streams may be open at once.
+	MaxSessions int
+	// DrainTimeout bounds how long open streams may take to end at shutdown.
+	DrainTimeout time.Duration
+	// StopTimeout bounds how long processes may take to end at shutdown, where
+	// their own grace periods are longer.
+	StopTimeout time.Duration
+}
+
+func newStreamOptions() StreamOptions {
+	return StreamOptions{
+		MaxSessions:  session.DefaultMax,
+		DrainTimeout: 10 * time.Second,
+		StopTimeout:  30 * time.Second,
+	}
+}
+
+func (o *StreamOptions) addFlags(flags *pflag.FlagSet) {
+	flags.IntVar(&o.MaxSessions, "max-sessions", o.MaxSessions, "How many logs, execs, attaches and port-forwards may be open at once on this server.")
+	flags.DurationVar(&o.DrainTimeout, "drain-timeout", o.DrainTimeout, "How long open streams may take to end when the server shuts down.")
+	flags.DurationVar(&o.StopTimeout, "stop-timeout", o.StopTimeout, "How long processes may take to end when the server shuts down, where the grace periods of their targets are longer.")
+}
+
+func (o *StreamOptions) validate() []error {
+	var errs []error
+	if o.MaxSessions < 1 {
+		errs = append(errs, fmt.Errorf("--max-sessions %d must be at least 1", o.MaxSessions))
+	}
+	if o.DrainTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--drain-timeout %s must not be negative", o.DrainTimeout))
+	}
+	if o.StopTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--stop-timeout %s must not be negative", o.StopTimeout))
+	}
+	return errs
+}
+
+func (o *StreamOptions) sessions() *session.Manager {
+	return session.NewManager(session.Options{Max: o.MaxSessions, Code: target.SessionCode})
 }

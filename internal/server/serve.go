@@ -35,7 +35,6 @@ import (
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	aaadmission "aaserver.io/aaserver/internal/admission"
 	"aaserver.io/aaserver/internal/driver"
-	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
 	"aaserver.io/aaserver/streaming"
@@ -61,13 +60,8 @@ type ServeOptions struct {
 	// AllowedOrigins are the origins that browsers may connect from, beside
 	// the server's own.
 	AllowedOrigins []string
-	// MaxSessions is how many streams may be open at once.
-	MaxSessions int
-	// DrainTimeout bounds how long open streams may take to end at shutdown.
-	DrainTimeout time.Duration
-	// StopTimeout bounds how long processes may take to end at shutdown, where
-	// their own grace periods are longer.
-	StopTimeout time.Duration
+	// StreamOptions bounds streams and processes.
+	StreamOptions
 
 	Recommended *genericoptions.RecommendedOptions
 	ServerRun   *genericoptions.ServerRunOptions
@@ -76,11 +70,9 @@ type ServeOptions struct {
 // NewServeOptions returns the defaults.
 func NewServeOptions() *ServeOptions {
 	o := &ServeOptions{
-		MaxSessions:  session.DefaultMax,
-		DrainTimeout: 10 * time.Second,
-		StopTimeout:  30 * time.Second,
-		Recommended:  genericoptions.NewRecommendedOptions(etcdPrefix, Codecs.LegacyCodec(v1.SchemeGroupVersion)),
-		ServerRun:    genericoptions.NewServerRunOptions(),
+		StreamOptions: newStreamOptions(),
+		Recommended:   genericoptions.NewRecommendedOptions(etcdPrefix, Codecs.LegacyCodec(v1.SchemeGroupVersion)),
+		ServerRun:     genericoptions.NewServerRunOptions(),
 	}
 	o.Recommended.Etcd.StorageConfig = *storageConfig()
 	// Without a certificate given, one is made that nobody has to trust: kept
@@ -102,9 +94,7 @@ func (o *ServeOptions) AddFlags(flags *pflag.FlagSet) {
 	flags.StringVar(&o.EmbeddedAgent, "embedded-agent", o.EmbeddedAgent, "Run an agent of this name in the server. Whoever may write targets that name it then runs commands as the server. Needs --data-dir.")
 	flags.StringVar(&o.LeaseNamespace, "lease-namespace", o.LeaseNamespace, "The namespace of the embedded agent's Lease, by which one of several servers holds it. The namespace that the server runs in if not given.")
 	flags.StringSliceVar(&o.AllowedOrigins, "allowed-origins", o.AllowedOrigins, "The origins, as https://console.example.com, that browsers may connect to streams from. The server's own is always allowed.")
-	flags.IntVar(&o.MaxSessions, "max-sessions", o.MaxSessions, "How many logs, execs, attaches and port-forwards may be open at once on this server.")
-	flags.DurationVar(&o.DrainTimeout, "drain-timeout", o.DrainTimeout, "How long open streams may take to end when the server shuts down.")
-	flags.DurationVar(&o.StopTimeout, "stop-timeout", o.StopTimeout, "How long processes may take to end when the server shuts down, where the grace periods of their targets are longer.")
+	o.StreamOptions.addFlags(flags)
 	o.Recommended.AddFlags(flags)
 	o.ServerRun.AddUniversalFlags(flags)
 }
@@ -172,15 +162,7 @@ func (o *ServeOptions) Validate() error {
 	if o.Recommended.SecureServing.BindPort == 0 {
 		errs = append(errs, errors.New("--secure-port 0: a port is needed, kube-apiserver reaches the server by it"))
 	}
-	if o.MaxSessions < 1 {
-		errs = append(errs, fmt.Errorf("--max-sessions %d must be at least 1", o.MaxSessions))
-	}
-	if o.DrainTimeout < 0 {
-		errs = append(errs, fmt.Errorf("--drain-timeout %s must not be negative", o.DrainTimeout))
-	}
-	if o.StopTimeout < 0 {
-		errs = append(errs, fmt.Errorf("--stop-timeout %s must not be negative", o.StopTimeout))
-	}
+	errs = append(errs, o.StreamOptions.validate()...)
 	etcd := o.Recommended.Etcd
 	o.Recommended.Etcd = nil // validated above: it demands servers
 	errs = append(errs, o.Recommended.Validate()...)
@@ -292,7 +274,7 @@ func (o *ServeOptions) config() (*Config, error) {
 			Sources:   sets.New(v1.SourceProcess),
 			Drivers:   noDrivers,
 			Dial:      (&net.Dialer{}).DialContext,
-			Sessions:  session.NewManager(session.Options{Max: o.MaxSessions, Code: target.SessionCode}),
+			Sessions:  o.sessions(),
 			Streaming: streaming.Options{CheckOrigin: checkOrigin(o.AllowedOrigins)},
 		},
 	}

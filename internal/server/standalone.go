@@ -34,7 +34,6 @@ import (
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/pki"
-	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
 )
@@ -59,13 +58,8 @@ type StandaloneOptions struct {
 	// Hostnames are further names and addresses that the serving certificate
 	// is for.
 	Hostnames []string
-	// MaxSessions is how many streams may be open at once.
-	MaxSessions int
-	// DrainTimeout bounds how long open streams may take to end at shutdown.
-	DrainTimeout time.Duration
-	// StopTimeout bounds how long processes may take to end at shutdown, where
-	// their own grace periods are longer.
-	StopTimeout time.Duration
+	// StreamOptions bounds streams and processes.
+	StreamOptions
 	// Demo creates the demo's targets.
 	Demo bool
 
@@ -91,9 +85,7 @@ func NewStandaloneOptions() *StandaloneOptions {
 	serving.BindAddress = net.IPv4(127, 0, 0, 1)
 	serving.BindPort = 7443
 	return &StandaloneOptions{
-		MaxSessions:   session.DefaultMax,
-		DrainTimeout:  10 * time.Second,
-		StopTimeout:   30 * time.Second,
+		StreamOptions: newStreamOptions(),
 		Etcd:          genericoptions.NewEtcdOptions(storageConfig()),
 		SecureServing: serving.WithLoopback(),
 		Audit:         genericoptions.NewAuditOptions(),
@@ -115,9 +107,7 @@ func (o *StandaloneOptions) AddFlags(flags *pflag.FlagSet) {
 	flags.IPVar(&o.SecureServing.BindAddress, "bind-address", o.SecureServing.BindAddress, "The address to serve on. Clients need the administrator's certificate, wherever they are.")
 	flags.IntVar(&o.SecureServing.BindPort, "secure-port", o.SecureServing.BindPort, "The port to serve HTTPS on; 0 for any free one.")
 	flags.StringSliceVar(&o.Hostnames, "hostname", o.Hostnames, "A further name or address that the serving certificate is for. May be given several times.")
-	flags.IntVar(&o.MaxSessions, "max-sessions", o.MaxSessions, "How many logs, execs, attaches and port-forwards may be open at once.")
-	flags.DurationVar(&o.DrainTimeout, "drain-timeout", o.DrainTimeout, "How long open streams may take to end when the server shuts down.")
-	flags.DurationVar(&o.StopTimeout, "stop-timeout", o.StopTimeout, "How long processes may take to end when the server shuts down, where the grace periods of their targets are longer.")
+	o.StreamOptions.addFlags(flags)
 	flags.BoolVar(&o.Demo, "demo", o.Demo, "Create the targets web, ticker and shell in the namespace default, to try things on.")
 	o.Etcd.AddFlags(flags)
 	o.Audit.AddFlags(flags)
@@ -140,15 +130,7 @@ func (o *StandaloneOptions) Validate() error {
 	if o.SecureServing.BindPort < 0 || o.SecureServing.BindPort > 65535 {
 		errs = append(errs, fmt.Errorf("--secure-port %d must be between 0 and 65535", o.SecureServing.BindPort))
 	}
-	if o.MaxSessions < 1 {
-		errs = append(errs, fmt.Errorf("--max-sessions %d must be at least 1", o.MaxSessions))
-	}
-	if o.DrainTimeout < 0 {
-		errs = append(errs, fmt.Errorf("--drain-timeout %s must not be negative", o.DrainTimeout))
-	}
-	if o.StopTimeout < 0 {
-		errs = append(errs, fmt.Errorf("--stop-timeout %s must not be negative", o.StopTimeout))
-	}
+	errs = append(errs, o.StreamOptions.validate()...)
 	if o.etcd() {
 		errs = append(errs, o.Etcd.Validate()...)
 	}
@@ -374,7 +356,7 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 			Agents:       sets.New(LocalAgent),
 			Dial:         (&net.Dialer{}).DialContext,
 			OpenPorts:    true,
-			Sessions:     session.NewManager(session.Options{Max: o.MaxSessions, Code: target.SessionCode}),
+			Sessions:     o.sessions(),
 		},
 	}
 	return config, nil
