@@ -363,7 +363,7 @@ func serveCommandSPDY(w http.ResponseWriter, r *http.Request, req CommandRequest
 	if stdin != nil {
 		stdin.Close()
 	}
-	if c.finish() == nil {
+	if c.finish(nil) == nil {
 		c.linger(reader)
 	}
 	return err

@@ -6,8 +6,6 @@ import (
 	"io"
 	"net/http"
 	"time"
-
-	"github.com/gorilla/websocket"
 )
 
 // The subprotocols of a log over WebSocket. Without one it is binary.
@@ -165,11 +163,7 @@ func serveLogWebSocket(w http.ResponseWriter, r *http.Request, opts Options, wri
 		}
 		return err
 	}
-	code, reason := websocket.CloseNormalClosure, ""
-	if err != nil {
-		code, reason = websocket.CloseInternalServerErr, statusOf(err).Message
-	}
-	if out.conn.over() == nil && out.conn.finish(code, reason) == nil {
+	if out.conn.over() == nil && out.conn.finish(closing(err)) == nil {
 		out.conn.linger(out.reader)
 	}
 	return err

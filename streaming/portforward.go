@@ -13,7 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/gorilla/websocket"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/portforward"
 )
@@ -119,17 +118,17 @@ func (f *forwarder) serve(c *spdyConn) error {
 	reader := c.serve(f.accept)
 	<-c.ctx.Done()
 	cause := context.Cause(c.ctx)
+	if cause == ErrClientGone { //nolint:errorlint // wrapped, it says that something went wrong
+		cause = nil
+	}
 
 	f.mu.Lock()
 	for _, p := range f.pairs {
 		p.timer.Stop()
 	}
 	f.mu.Unlock()
-	if c.over() == nil && c.finish() == nil {
+	if c.over() == nil && c.finish(cause) == nil {
 		c.linger(reader)
-	}
-	if cause == ErrClientGone { //nolint:errorlint // wrapped, it says that something went wrong
-		return nil
 	}
 	return cause
 }
@@ -365,11 +364,11 @@ func (f *forwarder) serveLegacy(c *wsConn) error {
 	}
 	wg.Wait()
 	cause := context.Cause(c.ctx)
-	if c.over() == nil && c.finish(websocket.CloseNormalClosure, "") == nil {
-		c.linger(reader)
-	}
 	if errors.Is(cause, ErrClientGone) {
-		return nil
+		cause = nil
+	}
+	if c.over() == nil && c.finish(closing(cause)) == nil {
+		c.linger(reader)
 	}
 	return cause
 }

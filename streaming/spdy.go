@@ -396,13 +396,14 @@ func (c *spdyConn) data(id uint32, flags byte, p []byte) error {
 	return c.write(head, p)
 }
 
-// finish says goodbye; no more pings follow.
-func (c *spdyConn) finish() error {
+// finish says goodbye; no more pings follow. A tunnel has a place for why it ends
+// early, cause.
+func (c *spdyConn) finish(cause error) error {
 	c.quiet()
 	if err := c.control(spdyGoAway, c.lastID, 0); err != nil || c.ws == nil {
 		return err
 	}
-	return c.ws.finish(websocket.CloseNormalClosure, "")
+	return c.ws.finish(closing(cause))
 }
 
 // spdyStream is a stream that the client opened. Its halves end by FIN, both

@@ -214,6 +214,14 @@ func (c *wsConn) message(opcode, channel int, zero byte, p []byte) error {
 	return c.write(append(c.frame(opcode, 1+len(p)), zero+byte(channel)), p)
 }
 
+// closing is how a WebSocket is closed for err, nil if all is done.
+func closing(err error) (code int, reason string) {
+	if err != nil {
+		return websocket.CloseInternalServerErr, statusOf(err).Message
+	}
+	return websocket.CloseNormalClosure, ""
+}
+
 // finish sends the close frame; no more pings follow.
 func (c *wsConn) finish(code int, reason string) error {
 	c.quiet()
