@@ -430,7 +430,17 @@ spec: {hard: {`+string(counted)+`: "2"}}
 		})
 	}
 	used("0")
-	admin.create(ns, sleeper("one", "1000"), "")
+	// The server's own watch of quotas may be a moment behind what was read.
+	eventually(t, "the first target is let in", noticed, func() error {
+		r := admin.run(binaries.kubectl, sleeper("one", "1000"), "create", "-n", ns, "-f", "-")
+		if r.code != 0 && !strings.Contains(r.stderr, "status unknown for quota") {
+			t.Fatal(r.stderr)
+		}
+		if r.code != 0 {
+			return errors.New(r.stderr)
+		}
+		return nil
+	})
 	admin.create(ns, sleeper("two", "1000"), "")
 	used("2")
 	exceeds := func() {
