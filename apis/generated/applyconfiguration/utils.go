@@ -32,6 +32,8 @@ import (
 func ForKind(kind schema.GroupVersionKind) interface{} {
 	switch kind {
 	// Group=streaming.aaserver.io, Version=v1
+	case v1.SchemeGroupVersion.WithKind("AddressPolicy"):
+		return &streamingv1.AddressPolicyApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("ContainerResources"):
 		return &streamingv1.ContainerResourcesApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("ContainerSource"):
@@ -52,16 +54,26 @@ func ForKind(kind schema.GroupVersionKind) interface{} {
 		return &streamingv1.InstanceStateWaitingApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("InstanceStatus"):
 		return &streamingv1.InstanceStatusApplyConfiguration{}
+	case v1.SchemeGroupVersion.WithKind("PortPolicy"):
+		return &streamingv1.PortPolicyApplyConfiguration{}
+	case v1.SchemeGroupVersion.WithKind("PortRange"):
+		return &streamingv1.PortRangeApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("ProcessSource"):
 		return &streamingv1.ProcessSourceApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("SecretReference"):
 		return &streamingv1.SecretReferenceApplyConfiguration{}
+	case v1.SchemeGroupVersion.WithKind("SessionLimits"):
+		return &streamingv1.SessionLimitsApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("SSHLog"):
 		return &streamingv1.SSHLogApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("SSHSource"):
 		return &streamingv1.SSHSourceApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("Target"):
 		return &streamingv1.TargetApplyConfiguration{}
+	case v1.SchemeGroupVersion.WithKind("TargetClass"):
+		return &streamingv1.TargetClassApplyConfiguration{}
+	case v1.SchemeGroupVersion.WithKind("TargetClassSpec"):
+		return &streamingv1.TargetClassSpecApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("TargetPort"):
 		return &streamingv1.TargetPortApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("TargetSpec"):

@@ -35,6 +35,7 @@ import (
 
 func GetOpenAPIDefinitions(ref common.ReferenceCallback) map[string]common.OpenAPIDefinition {
 	return map[string]common.OpenAPIDefinition{
+		v1.AddressPolicy{}.OpenAPIModelName():                               schema_aaserver_apis_streaming_v1_AddressPolicy(ref),
 		v1.ContainerResources{}.OpenAPIModelName():                          schema_aaserver_apis_streaming_v1_ContainerResources(ref),
 		v1.ContainerSource{}.OpenAPIModelName():                             schema_aaserver_apis_streaming_v1_ContainerSource(ref),
 		v1.Endpoint{}.OpenAPIModelName():                                    schema_aaserver_apis_streaming_v1_Endpoint(ref),
@@ -45,14 +46,20 @@ func GetOpenAPIDefinitions(ref common.ReferenceCallback) map[string]common.OpenA
 		v1.InstanceStateTerminated{}.OpenAPIModelName():                     schema_aaserver_apis_streaming_v1_InstanceStateTerminated(ref),
 		v1.InstanceStateWaiting{}.OpenAPIModelName():                        schema_aaserver_apis_streaming_v1_InstanceStateWaiting(ref),
 		v1.InstanceStatus{}.OpenAPIModelName():                              schema_aaserver_apis_streaming_v1_InstanceStatus(ref),
+		v1.PortPolicy{}.OpenAPIModelName():                                  schema_aaserver_apis_streaming_v1_PortPolicy(ref),
+		v1.PortRange{}.OpenAPIModelName():                                   schema_aaserver_apis_streaming_v1_PortRange(ref),
 		v1.ProcessSource{}.OpenAPIModelName():                               schema_aaserver_apis_streaming_v1_ProcessSource(ref),
 		v1.SSHLog{}.OpenAPIModelName():                                      schema_aaserver_apis_streaming_v1_SSHLog(ref),
 		v1.SSHSource{}.OpenAPIModelName():                                   schema_aaserver_apis_streaming_v1_SSHSource(ref),
 		v1.SecretReference{}.OpenAPIModelName():                             schema_aaserver_apis_streaming_v1_SecretReference(ref),
+		v1.SessionLimits{}.OpenAPIModelName():                               schema_aaserver_apis_streaming_v1_SessionLimits(ref),
 		v1.TCPSource{}.OpenAPIModelName():                                   schema_aaserver_apis_streaming_v1_TCPSource(ref),
 		v1.TCPTLS{}.OpenAPIModelName():                                      schema_aaserver_apis_streaming_v1_TCPTLS(ref),
 		v1.Target{}.OpenAPIModelName():                                      schema_aaserver_apis_streaming_v1_Target(ref),
 		v1.TargetAttachOptions{}.OpenAPIModelName():                         schema_aaserver_apis_streaming_v1_TargetAttachOptions(ref),
+		v1.TargetClass{}.OpenAPIModelName():                                 schema_aaserver_apis_streaming_v1_TargetClass(ref),
+		v1.TargetClassList{}.OpenAPIModelName():                             schema_aaserver_apis_streaming_v1_TargetClassList(ref),
+		v1.TargetClassSpec{}.OpenAPIModelName():                             schema_aaserver_apis_streaming_v1_TargetClassSpec(ref),
 		v1.TargetExecOptions{}.OpenAPIModelName():                           schema_aaserver_apis_streaming_v1_TargetExecOptions(ref),
 		v1.TargetList{}.OpenAPIModelName():                                  schema_aaserver_apis_streaming_v1_TargetList(ref),
 		v1.TargetLogOptions{}.OpenAPIModelName():                            schema_aaserver_apis_streaming_v1_TargetLogOptions(ref),
@@ -151,6 +158,57 @@ func GetOpenAPIDefinitions(ref common.ReferenceCallback) map[string]common.OpenA
 		runtime.TypeMeta{}.OpenAPIModelName():                               schema_k8sio_apimachinery_pkg_runtime_TypeMeta(ref),
 		runtime.Unknown{}.OpenAPIModelName():                                schema_k8sio_apimachinery_pkg_runtime_Unknown(ref),
 		version.Info{}.OpenAPIModelName():                                   schema_k8sio_apimachinery_pkg_version_Info(ref),
+	}
+}
+
+func schema_aaserver_apis_streaming_v1_AddressPolicy(ref common.ReferenceCallback) common.OpenAPIDefinition {
+	return common.OpenAPIDefinition{
+		Schema: spec.Schema{
+			SchemaProps: spec.SchemaProps{
+				Description: "AddressPolicy says which addresses may be dialled. It is applied to each address that a name resolves to, when it is dialled.\n\nLoopback, link-local, multicast and unspecified addresses and the cluster's own service ranges are denied, unless an entry of allow lies within such a range: an entry that merely contains it, such as 0.0.0.0/0, doesn't open it.",
+				Type:        []string{"object"},
+				Properties: map[string]spec.Schema{
+					"allow": {
+						VendorExtensible: spec.VendorExtensible{
+							Extensions: spec.Extensions{
+								"x-kubernetes-list-type": "set",
+							},
+						},
+						SchemaProps: spec.SchemaProps{
+							Description: "allow lists the CIDRs whose addresses may be dialled, such as 10.20.0.0/16; 256 at most. Empty allows every address that isn't denied.",
+							Type:        []string{"array"},
+							Items: &spec.SchemaOrArray{
+								Schema: &spec.Schema{
+									SchemaProps: spec.SchemaProps{
+										Type:   []string{"string"},
+										Format: "",
+									},
+								},
+							},
+						},
+					},
+					"deny": {
+						VendorExtensible: spec.VendorExtensible{
+							Extensions: spec.Extensions{
+								"x-kubernetes-list-type": "set",
+							},
+						},
+						SchemaProps: spec.SchemaProps{
+							Description: "deny lists CIDRs whose addresses may not be dialled, whatever allow says; 256 at most.",
+							Type:        []string{"array"},
+							Items: &spec.SchemaOrArray{
+								Schema: &spec.Schema{
+									SchemaProps: spec.SchemaProps{
+										Type:   []string{"string"},
+										Format: "",
+									},
+								},
+							},
+						},
+					},
+				},
+			},
+		},
 	}
 }
 
@@ -611,6 +669,83 @@ func schema_aaserver_apis_streaming_v1_InstanceStatus(ref common.ReferenceCallba
 	}
 }
 
+func schema_aaserver_apis_streaming_v1_PortPolicy(ref common.ReferenceCallback) common.OpenAPIDefinition {
+	return common.OpenAPIDefinition{
+		Schema: spec.Schema{
+			SchemaProps: spec.SchemaProps{
+				Description: "PortPolicy says which ports may be forwarded. A port is what the client asks for: of a hosted process, its port in the target's spec.",
+				Type:        []string{"object"},
+				Properties: map[string]spec.Schema{
+					"allowed": {
+						VendorExtensible: spec.VendorExtensible{
+							Extensions: spec.Extensions{
+								"x-kubernetes-list-type": "atomic",
+							},
+						},
+						SchemaProps: spec.SchemaProps{
+							Description: "allowed are the ports that targets may list and clients may forward; 256 at most. Empty allows all.",
+							Type:        []string{"array"},
+							Items: &spec.SchemaOrArray{
+								Schema: &spec.Schema{
+									SchemaProps: spec.SchemaProps{
+										Ref: ref(v1.PortRange{}.OpenAPIModelName()),
+									},
+								},
+							},
+						},
+					},
+					"unlisted": {
+						SchemaProps: spec.SchemaProps{
+							Description: "unlisted lets ports be forwarded that the target's spec doesn't list: of a hosted process, every port of its host.",
+							Type:        []string{"boolean"},
+							Format:      "",
+						},
+					},
+				},
+			},
+		},
+		Dependencies: []string{
+			v1.PortRange{}.OpenAPIModelName()},
+	}
+}
+
+func schema_aaserver_apis_streaming_v1_PortRange(ref common.ReferenceCallback) common.OpenAPIDefinition {
+	return common.OpenAPIDefinition{
+		Schema: spec.Schema{
+			SchemaProps: spec.SchemaProps{
+				Description: "PortRange is a port, or a range of them.",
+				Type:        []string{"object"},
+				Properties: map[string]spec.Schema{
+					"port": {
+						SchemaProps: spec.SchemaProps{
+							Description: "port is the first port, 1 to 65535.",
+							Default:     0,
+							Type:        []string{"integer"},
+							Format:      "int32",
+						},
+					},
+					"endPort": {
+						SchemaProps: spec.SchemaProps{
+							Description: "endPort is the last port, port to 65535; port itself if not given.",
+							Type:        []string{"integer"},
+							Format:      "int32",
+						},
+					},
+					"protocol": {
+						SchemaProps: spec.SchemaProps{
+							Description: "protocol is TCP (the default) or UDP.\n\nPossible enum values:\n - `\"TCP\"` is TCP.\n - `\"UDP\"` is UDP.",
+							Type:        []string{"string"},
+							Format:      "",
+							Enum:        []interface{}{"TCP", "UDP"},
+						},
+					},
+				},
+				Required: []string{"port"},
+			},
+		},
+	}
+}
+
 func schema_aaserver_apis_streaming_v1_ProcessSource(ref common.ReferenceCallback) common.OpenAPIDefinition {
 	return common.OpenAPIDefinition{
 		Schema: spec.Schema{
@@ -840,6 +975,47 @@ func schema_aaserver_apis_streaming_v1_SecretReference(ref common.ReferenceCallb
 	}
 }
 
+func schema_aaserver_apis_streaming_v1_SessionLimits(ref common.ReferenceCallback) common.OpenAPIDefinition {
+	return common.OpenAPIDefinition{
+		Schema: spec.Schema{
+			SchemaProps: spec.SchemaProps{
+				Description: "SessionLimits bound sessions, on each replica of the server for itself. What isn't given is the server's default, which its flags set.",
+				Type:        []string{"object"},
+				Properties: map[string]spec.Schema{
+					"sessionsPerUser": {
+						SchemaProps: spec.SchemaProps{
+							Description: "sessionsPerUser is how many sessions one user may have open at a time on targets of the class, at least 1.",
+							Type:        []string{"integer"},
+							Format:      "int32",
+						},
+					},
+					"sessionsPerTarget": {
+						SchemaProps: spec.SchemaProps{
+							Description: "sessionsPerTarget is how many sessions may be open at a time on one target, at least 1.",
+							Type:        []string{"integer"},
+							Format:      "int32",
+						},
+					},
+					"idleTimeoutSeconds": {
+						SchemaProps: spec.SchemaProps{
+							Description: "idleTimeoutSeconds is how long an exec, attach or port-forward may go without a byte either way before it is ended, at least 1. Logs aren't idle while they wait for lines.",
+							Type:        []string{"integer"},
+							Format:      "int64",
+						},
+					},
+					"maxDurationSeconds": {
+						SchemaProps: spec.SchemaProps{
+							Description: "maxDurationSeconds is how long a session may last before it is ended, at least 1.",
+							Type:        []string{"integer"},
+							Format:      "int64",
+						},
+					},
+				},
+			},
+		},
+	}
+}
+
 func schema_aaserver_apis_streaming_v1_TCPSource(ref common.ReferenceCallback) common.OpenAPIDefinition {
 	return common.OpenAPIDefinition{
 		Schema: spec.Schema{
@@ -1019,6 +1195,199 @@ func schema_aaserver_apis_streaming_v1_TargetAttachOptions(ref common.ReferenceC
 				},
 			},
 		},
+	}
+}
+
+func schema_aaserver_apis_streaming_v1_TargetClass(ref common.ReferenceCallback) common.OpenAPIDefinition {
+	return common.OpenAPIDefinition{
+		Schema: spec.Schema{
+			SchemaProps: spec.SchemaProps{
+				Description: "TargetClass says what the targets that name it may do. What it doesn't allow is refused: an empty class allows nothing. Naming a class needs the verb use on it.\n\nIt governs new targets, changes to targets and new connections, from the moment that it is written. Instances that run and connections that are open stay as they are.",
+				Type:        []string{"object"},
+				Properties: map[string]spec.Schema{
+					"kind": {
+						SchemaProps: spec.SchemaProps{
+							Description: "Kind is a string value representing the REST resource this object represents. Servers may infer this from the endpoint the client submits requests to. Cannot be updated. In CamelCase. More info: https://git.k8s.io/community/contributors/devel/sig-architecture/api-conventions.md#types-kinds",
+							Type:        []string{"string"},
+							Format:      "",
+						},
+					},
+					"apiVersion": {
+						SchemaProps: spec.SchemaProps{
+							Description: "APIVersion defines the versioned schema of this representation of an object. Servers should convert recognized schemas to the latest internal value, and may reject unrecognized values. More info: https://git.k8s.io/community/contributors/devel/sig-architecture/api-conventions.md#resources",
+							Type:        []string{"string"},
+							Format:      "",
+						},
+					},
+					"metadata": {
+						SchemaProps: spec.SchemaProps{
+							Description: "metadata is the standard object's metadata.",
+							Default:     map[string]interface{}{},
+							Ref:         ref(metav1.ObjectMeta{}.OpenAPIModelName()),
+						},
+					},
+					"spec": {
+						SchemaProps: spec.SchemaProps{
+							Description: "spec is what the class allows.",
+							Default:     map[string]interface{}{},
+							Ref:         ref(v1.TargetClassSpec{}.OpenAPIModelName()),
+						},
+					},
+				},
+			},
+		},
+		Dependencies: []string{
+			v1.TargetClassSpec{}.OpenAPIModelName(), metav1.ObjectMeta{}.OpenAPIModelName()},
+	}
+}
+
+func schema_aaserver_apis_streaming_v1_TargetClassList(ref common.ReferenceCallback) common.OpenAPIDefinition {
+	return common.OpenAPIDefinition{
+		Schema: spec.Schema{
+			SchemaProps: spec.SchemaProps{
+				Description: "TargetClassList is a list of classes.",
+				Type:        []string{"object"},
+				Properties: map[string]spec.Schema{
+					"kind": {
+						SchemaProps: spec.SchemaProps{
+							Description: "Kind is a string value representing the REST resource this object represents. Servers may infer this from the endpoint the client submits requests to. Cannot be updated. In CamelCase. More info: https://git.k8s.io/community/contributors/devel/sig-architecture/api-conventions.md#types-kinds",
+							Type:        []string{"string"},
+							Format:      "",
+						},
+					},
+					"apiVersion": {
+						SchemaProps: spec.SchemaProps{
+							Description: "APIVersion defines the versioned schema of this representation of an object. Servers should convert recognized schemas to the latest internal value, and may reject unrecognized values. More info: https://git.k8s.io/community/contributors/devel/sig-architecture/api-conventions.md#resources",
+							Type:        []string{"string"},
+							Format:      "",
+						},
+					},
+					"metadata": {
+						SchemaProps: spec.SchemaProps{
+							Description: "metadata is the standard list's metadata.",
+							Default:     map[string]interface{}{},
+							Ref:         ref(metav1.ListMeta{}.OpenAPIModelName()),
+						},
+					},
+					"items": {
+						SchemaProps: spec.SchemaProps{
+							Description: "items are the classes.",
+							Type:        []string{"array"},
+							Items: &spec.SchemaOrArray{
+								Schema: &spec.Schema{
+									SchemaProps: spec.SchemaProps{
+										Ref: ref(v1.TargetClass{}.OpenAPIModelName()),
+									},
+								},
+							},
+						},
+					},
+				},
+				Required: []string{"items"},
+			},
+		},
+		Dependencies: []string{
+			v1.TargetClass{}.OpenAPIModelName(), metav1.ListMeta{}.OpenAPIModelName()},
+	}
+}
+
+func schema_aaserver_apis_streaming_v1_TargetClassSpec(ref common.ReferenceCallback) common.OpenAPIDefinition {
+	return common.OpenAPIDefinition{
+		Schema: spec.Schema{
+			SchemaProps: spec.SchemaProps{
+				Description: "TargetClassSpec is what a class allows.",
+				Type:        []string{"object"},
+				Properties: map[string]spec.Schema{
+					"sources": {
+						VendorExtensible: spec.VendorExtensible{
+							Extensions: spec.Extensions{
+								"x-kubernetes-list-type": "set",
+							},
+						},
+						SchemaProps: spec.SchemaProps{
+							Description: "sources are the sources that targets may have: process, container, ssh, tcp. With process and container, whoever may write targets runs commands on the agents' hosts.",
+							Type:        []string{"array"},
+							Items: &spec.SchemaOrArray{
+								Schema: &spec.Schema{
+									SchemaProps: spec.SchemaProps{
+										Type:   []string{"string"},
+										Format: "",
+									},
+								},
+							},
+						},
+					},
+					"agents": {
+						VendorExtensible: spec.VendorExtensible{
+							Extensions: spec.Extensions{
+								"x-kubernetes-list-type": "set",
+							},
+						},
+						SchemaProps: spec.SchemaProps{
+							Description: "agents are the agents that targets may name; * stands for any. Targets of a reached source (ssh, tcp) that name no agent need none here.",
+							Type:        []string{"array"},
+							Items: &spec.SchemaOrArray{
+								Schema: &spec.Schema{
+									SchemaProps: spec.SchemaProps{
+										Type:   []string{"string"},
+										Format: "",
+									},
+								},
+							},
+						},
+					},
+					"users": {
+						VendorExtensible: spec.VendorExtensible{
+							Extensions: spec.Extensions{
+								"x-kubernetes-list-type": "set",
+							},
+						},
+						SchemaProps: spec.SchemaProps{
+							Description: "users are the users, by name or number, that a process may run as and that an SSH login may be for; * stands for any but root, which has to be named, as root or 0.",
+							Type:        []string{"array"},
+							Items: &spec.SchemaOrArray{
+								Schema: &spec.Schema{
+									SchemaProps: spec.SchemaProps{
+										Type:   []string{"string"},
+										Format: "",
+									},
+								},
+							},
+						},
+					},
+					"agentUser": {
+						SchemaProps: spec.SchemaProps{
+							Description: "agentUser lets a process leave its user out, and run as the user that its agent runs as. That may be root.",
+							Type:        []string{"boolean"},
+							Format:      "",
+						},
+					},
+					"addresses": {
+						SchemaProps: spec.SchemaProps{
+							Description: "addresses says where the endpoints of reached sources (ssh, tcp) may be.",
+							Default:     map[string]interface{}{},
+							Ref:         ref(v1.AddressPolicy{}.OpenAPIModelName()),
+						},
+					},
+					"ports": {
+						SchemaProps: spec.SchemaProps{
+							Description: "ports says which ports may be forwarded.",
+							Default:     map[string]interface{}{},
+							Ref:         ref(v1.PortPolicy{}.OpenAPIModelName()),
+						},
+					},
+					"limits": {
+						SchemaProps: spec.SchemaProps{
+							Description: "limits bound the sessions (logs, execs, attaches, port-forwards) on targets of the class.",
+							Default:     map[string]interface{}{},
+							Ref:         ref(v1.SessionLimits{}.OpenAPIModelName()),
+						},
+					},
+				},
+			},
+		},
+		Dependencies: []string{
+			v1.AddressPolicy{}.OpenAPIModelName(), v1.PortPolicy{}.OpenAPIModelName(), v1.SessionLimits{}.OpenAPIModelName()},
 	}
 }
 

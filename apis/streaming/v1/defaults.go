@@ -39,6 +39,13 @@ func SetDefaults_TargetPort(port *TargetPort) {
 	}
 }
 
+// SetDefaults_PortRange makes TCP the protocol.
+func SetDefaults_PortRange(ports *PortRange) {
+	if ports.Protocol == "" {
+		ports.Protocol = ProtocolTCP
+	}
+}
+
 // SetDefaults_TargetLogOptions asks for both streams.
 func SetDefaults_TargetLogOptions(options *TargetLogOptions) {
 	if options.Stream == "" {

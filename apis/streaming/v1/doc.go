@@ -7,5 +7,6 @@
 
 // Package v1 is the stored version of the streaming.aaserver.io API: Target,
 // which is anything that is not a pod but should be logged, entered, attached
-// to and forwarded like one, and the options of its connect subresources.
+// to and forwarded like one, TargetClass, which says what targets may do, and the
+// options of Target's connect subresources.
 package v1

@@ -26,6 +26,8 @@ func addKnownTypes(scheme *runtime.Scheme) error {
 	scheme.AddKnownTypes(SchemeGroupVersion,
 		&Target{},
 		&TargetList{},
+		&TargetClass{},
+		&TargetClassList{},
 	)
 	AddOptionsToScheme(scheme, SchemeGroupVersion)
 	metav1.AddToGroupVersion(scheme, SchemeGroupVersion)

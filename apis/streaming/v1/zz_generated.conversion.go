@@ -38,6 +38,16 @@ func init() {
 // RegisterConversions adds conversion functions to the given scheme.
 // Public to allow building arbitrary schemes.
 func RegisterConversions(s *runtime.Scheme) error {
+	if err := s.AddGeneratedConversionFunc((*AddressPolicy)(nil), (*streaming.AddressPolicy)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_v1_AddressPolicy_To_streaming_AddressPolicy(a.(*AddressPolicy), b.(*streaming.AddressPolicy), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*streaming.AddressPolicy)(nil), (*AddressPolicy)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_streaming_AddressPolicy_To_v1_AddressPolicy(a.(*streaming.AddressPolicy), b.(*AddressPolicy), scope)
+	}); err != nil {
+		return err
+	}
 	if err := s.AddGeneratedConversionFunc((*ContainerResources)(nil), (*streaming.ContainerResources)(nil), func(a, b interface{}, scope conversion.Scope) error {
 		return Convert_v1_ContainerResources_To_streaming_ContainerResources(a.(*ContainerResources), b.(*streaming.ContainerResources), scope)
 	}); err != nil {
@@ -138,6 +148,26 @@ func RegisterConversions(s *runtime.Scheme) error {
 	}); err != nil {
 		return err
 	}
+	if err := s.AddGeneratedConversionFunc((*PortPolicy)(nil), (*streaming.PortPolicy)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_v1_PortPolicy_To_streaming_PortPolicy(a.(*PortPolicy), b.(*streaming.PortPolicy), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*streaming.PortPolicy)(nil), (*PortPolicy)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_streaming_PortPolicy_To_v1_PortPolicy(a.(*streaming.PortPolicy), b.(*PortPolicy), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*PortRange)(nil), (*streaming.PortRange)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_v1_PortRange_To_streaming_PortRange(a.(*PortRange), b.(*streaming.PortRange), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*streaming.PortRange)(nil), (*PortRange)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_streaming_PortRange_To_v1_PortRange(a.(*streaming.PortRange), b.(*PortRange), scope)
+	}); err != nil {
+		return err
+	}
 	if err := s.AddGeneratedConversionFunc((*ProcessSource)(nil), (*streaming.ProcessSource)(nil), func(a, b interface{}, scope conversion.Scope) error {
 		return Convert_v1_ProcessSource_To_streaming_ProcessSource(a.(*ProcessSource), b.(*streaming.ProcessSource), scope)
 	}); err != nil {
@@ -178,6 +208,16 @@ func RegisterConversions(s *runtime.Scheme) error {
 	}); err != nil {
 		return err
 	}
+	if err := s.AddGeneratedConversionFunc((*SessionLimits)(nil), (*streaming.SessionLimits)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_v1_SessionLimits_To_streaming_SessionLimits(a.(*SessionLimits), b.(*streaming.SessionLimits), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*streaming.SessionLimits)(nil), (*SessionLimits)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_streaming_SessionLimits_To_v1_SessionLimits(a.(*streaming.SessionLimits), b.(*SessionLimits), scope)
+	}); err != nil {
+		return err
+	}
 	if err := s.AddGeneratedConversionFunc((*TCPSource)(nil), (*streaming.TCPSource)(nil), func(a, b interface{}, scope conversion.Scope) error {
 		return Convert_v1_TCPSource_To_streaming_TCPSource(a.(*TCPSource), b.(*streaming.TCPSource), scope)
 	}); err != nil {
@@ -205,6 +245,36 @@ func RegisterConversions(s *runtime.Scheme) error {
 	}
 	if err := s.AddGeneratedConversionFunc((*streaming.Target)(nil), (*Target)(nil), func(a, b interface{}, scope conversion.Scope) error {
 		return Convert_streaming_Target_To_v1_Target(a.(*streaming.Target), b.(*Target), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*TargetClass)(nil), (*streaming.TargetClass)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_v1_TargetClass_To_streaming_TargetClass(a.(*TargetClass), b.(*streaming.TargetClass), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*streaming.TargetClass)(nil), (*TargetClass)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_streaming_TargetClass_To_v1_TargetClass(a.(*streaming.TargetClass), b.(*TargetClass), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*TargetClassList)(nil), (*streaming.TargetClassList)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_v1_TargetClassList_To_streaming_TargetClassList(a.(*TargetClassList), b.(*streaming.TargetClassList), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*streaming.TargetClassList)(nil), (*TargetClassList)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_streaming_TargetClassList_To_v1_TargetClassList(a.(*streaming.TargetClassList), b.(*TargetClassList), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*TargetClassSpec)(nil), (*streaming.TargetClassSpec)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_v1_TargetClassSpec_To_streaming_TargetClassSpec(a.(*TargetClassSpec), b.(*streaming.TargetClassSpec), scope)
+	}); err != nil {
+		return err
+	}
+	if err := s.AddGeneratedConversionFunc((*streaming.TargetClassSpec)(nil), (*TargetClassSpec)(nil), func(a, b interface{}, scope conversion.Scope) error {
+		return Convert_streaming_TargetClassSpec_To_v1_TargetClassSpec(a.(*streaming.TargetClassSpec), b.(*TargetClassSpec), scope)
 	}); err != nil {
 		return err
 	}
@@ -269,6 +339,26 @@ func RegisterConversions(s *runtime.Scheme) error {
 		return err
 	}
 	return nil
+}
+
+func autoConvert_v1_AddressPolicy_To_streaming_AddressPolicy(in *AddressPolicy, out *streaming.AddressPolicy, s conversion.Scope) error {
+	*out = *(*streaming.AddressPolicy)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_v1_AddressPolicy_To_streaming_AddressPolicy is an autogenerated conversion function.
+func Convert_v1_AddressPolicy_To_streaming_AddressPolicy(in *AddressPolicy, out *streaming.AddressPolicy, s conversion.Scope) error {
+	return autoConvert_v1_AddressPolicy_To_streaming_AddressPolicy(in, out, s)
+}
+
+func autoConvert_streaming_AddressPolicy_To_v1_AddressPolicy(in *streaming.AddressPolicy, out *AddressPolicy, s conversion.Scope) error {
+	*out = *(*AddressPolicy)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_streaming_AddressPolicy_To_v1_AddressPolicy is an autogenerated conversion function.
+func Convert_streaming_AddressPolicy_To_v1_AddressPolicy(in *streaming.AddressPolicy, out *AddressPolicy, s conversion.Scope) error {
+	return autoConvert_streaming_AddressPolicy_To_v1_AddressPolicy(in, out, s)
 }
 
 func autoConvert_v1_ContainerResources_To_streaming_ContainerResources(in *ContainerResources, out *streaming.ContainerResources, s conversion.Scope) error {
@@ -471,6 +561,46 @@ func Convert_streaming_InstanceStatus_To_v1_InstanceStatus(in *streaming.Instanc
 	return autoConvert_streaming_InstanceStatus_To_v1_InstanceStatus(in, out, s)
 }
 
+func autoConvert_v1_PortPolicy_To_streaming_PortPolicy(in *PortPolicy, out *streaming.PortPolicy, s conversion.Scope) error {
+	*out = *(*streaming.PortPolicy)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_v1_PortPolicy_To_streaming_PortPolicy is an autogenerated conversion function.
+func Convert_v1_PortPolicy_To_streaming_PortPolicy(in *PortPolicy, out *streaming.PortPolicy, s conversion.Scope) error {
+	return autoConvert_v1_PortPolicy_To_streaming_PortPolicy(in, out, s)
+}
+
+func autoConvert_streaming_PortPolicy_To_v1_PortPolicy(in *streaming.PortPolicy, out *PortPolicy, s conversion.Scope) error {
+	*out = *(*PortPolicy)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_streaming_PortPolicy_To_v1_PortPolicy is an autogenerated conversion function.
+func Convert_streaming_PortPolicy_To_v1_PortPolicy(in *streaming.PortPolicy, out *PortPolicy, s conversion.Scope) error {
+	return autoConvert_streaming_PortPolicy_To_v1_PortPolicy(in, out, s)
+}
+
+func autoConvert_v1_PortRange_To_streaming_PortRange(in *PortRange, out *streaming.PortRange, s conversion.Scope) error {
+	*out = *(*streaming.PortRange)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_v1_PortRange_To_streaming_PortRange is an autogenerated conversion function.
+func Convert_v1_PortRange_To_streaming_PortRange(in *PortRange, out *streaming.PortRange, s conversion.Scope) error {
+	return autoConvert_v1_PortRange_To_streaming_PortRange(in, out, s)
+}
+
+func autoConvert_streaming_PortRange_To_v1_PortRange(in *streaming.PortRange, out *PortRange, s conversion.Scope) error {
+	*out = *(*PortRange)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_streaming_PortRange_To_v1_PortRange is an autogenerated conversion function.
+func Convert_streaming_PortRange_To_v1_PortRange(in *streaming.PortRange, out *PortRange, s conversion.Scope) error {
+	return autoConvert_streaming_PortRange_To_v1_PortRange(in, out, s)
+}
+
 func autoConvert_v1_ProcessSource_To_streaming_ProcessSource(in *ProcessSource, out *streaming.ProcessSource, s conversion.Scope) error {
 	*out = *(*streaming.ProcessSource)(unsafe.Pointer(in))
 	return nil
@@ -549,6 +679,26 @@ func autoConvert_streaming_SecretReference_To_v1_SecretReference(in *streaming.S
 // Convert_streaming_SecretReference_To_v1_SecretReference is an autogenerated conversion function.
 func Convert_streaming_SecretReference_To_v1_SecretReference(in *streaming.SecretReference, out *SecretReference, s conversion.Scope) error {
 	return autoConvert_streaming_SecretReference_To_v1_SecretReference(in, out, s)
+}
+
+func autoConvert_v1_SessionLimits_To_streaming_SessionLimits(in *SessionLimits, out *streaming.SessionLimits, s conversion.Scope) error {
+	*out = *(*streaming.SessionLimits)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_v1_SessionLimits_To_streaming_SessionLimits is an autogenerated conversion function.
+func Convert_v1_SessionLimits_To_streaming_SessionLimits(in *SessionLimits, out *streaming.SessionLimits, s conversion.Scope) error {
+	return autoConvert_v1_SessionLimits_To_streaming_SessionLimits(in, out, s)
+}
+
+func autoConvert_streaming_SessionLimits_To_v1_SessionLimits(in *streaming.SessionLimits, out *SessionLimits, s conversion.Scope) error {
+	*out = *(*SessionLimits)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_streaming_SessionLimits_To_v1_SessionLimits is an autogenerated conversion function.
+func Convert_streaming_SessionLimits_To_v1_SessionLimits(in *streaming.SessionLimits, out *SessionLimits, s conversion.Scope) error {
+	return autoConvert_streaming_SessionLimits_To_v1_SessionLimits(in, out, s)
 }
 
 func autoConvert_v1_TCPSource_To_streaming_TCPSource(in *TCPSource, out *streaming.TCPSource, s conversion.Scope) error {
@@ -669,6 +819,74 @@ func autoConvert_url_Values_To_v1_TargetAttachOptions(in *url.Values, out *Targe
 // Convert_url_Values_To_v1_TargetAttachOptions is an autogenerated conversion function.
 func Convert_url_Values_To_v1_TargetAttachOptions(in *url.Values, out *TargetAttachOptions, s conversion.Scope) error {
 	return autoConvert_url_Values_To_v1_TargetAttachOptions(in, out, s)
+}
+
+func autoConvert_v1_TargetClass_To_streaming_TargetClass(in *TargetClass, out *streaming.TargetClass, s conversion.Scope) error {
+	out.ObjectMeta = in.ObjectMeta
+	if err := Convert_v1_TargetClassSpec_To_streaming_TargetClassSpec(&in.Spec, &out.Spec, s); err != nil {
+		return err
+	}
+	return nil
+}
+
+// Convert_v1_TargetClass_To_streaming_TargetClass is an autogenerated conversion function.
+func Convert_v1_TargetClass_To_streaming_TargetClass(in *TargetClass, out *streaming.TargetClass, s conversion.Scope) error {
+	return autoConvert_v1_TargetClass_To_streaming_TargetClass(in, out, s)
+}
+
+func autoConvert_streaming_TargetClass_To_v1_TargetClass(in *streaming.TargetClass, out *TargetClass, s conversion.Scope) error {
+	out.ObjectMeta = in.ObjectMeta
+	if err := Convert_streaming_TargetClassSpec_To_v1_TargetClassSpec(&in.Spec, &out.Spec, s); err != nil {
+		return err
+	}
+	return nil
+}
+
+// Convert_streaming_TargetClass_To_v1_TargetClass is an autogenerated conversion function.
+func Convert_streaming_TargetClass_To_v1_TargetClass(in *streaming.TargetClass, out *TargetClass, s conversion.Scope) error {
+	return autoConvert_streaming_TargetClass_To_v1_TargetClass(in, out, s)
+}
+
+func autoConvert_v1_TargetClassList_To_streaming_TargetClassList(in *TargetClassList, out *streaming.TargetClassList, s conversion.Scope) error {
+	out.ListMeta = in.ListMeta
+	out.Items = *(*[]streaming.TargetClass)(unsafe.Pointer(&in.Items))
+	return nil
+}
+
+// Convert_v1_TargetClassList_To_streaming_TargetClassList is an autogenerated conversion function.
+func Convert_v1_TargetClassList_To_streaming_TargetClassList(in *TargetClassList, out *streaming.TargetClassList, s conversion.Scope) error {
+	return autoConvert_v1_TargetClassList_To_streaming_TargetClassList(in, out, s)
+}
+
+func autoConvert_streaming_TargetClassList_To_v1_TargetClassList(in *streaming.TargetClassList, out *TargetClassList, s conversion.Scope) error {
+	out.ListMeta = in.ListMeta
+	out.Items = *(*[]TargetClass)(unsafe.Pointer(&in.Items))
+	return nil
+}
+
+// Convert_streaming_TargetClassList_To_v1_TargetClassList is an autogenerated conversion function.
+func Convert_streaming_TargetClassList_To_v1_TargetClassList(in *streaming.TargetClassList, out *TargetClassList, s conversion.Scope) error {
+	return autoConvert_streaming_TargetClassList_To_v1_TargetClassList(in, out, s)
+}
+
+func autoConvert_v1_TargetClassSpec_To_streaming_TargetClassSpec(in *TargetClassSpec, out *streaming.TargetClassSpec, s conversion.Scope) error {
+	*out = *(*streaming.TargetClassSpec)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_v1_TargetClassSpec_To_streaming_TargetClassSpec is an autogenerated conversion function.
+func Convert_v1_TargetClassSpec_To_streaming_TargetClassSpec(in *TargetClassSpec, out *streaming.TargetClassSpec, s conversion.Scope) error {
+	return autoConvert_v1_TargetClassSpec_To_streaming_TargetClassSpec(in, out, s)
+}
+
+func autoConvert_streaming_TargetClassSpec_To_v1_TargetClassSpec(in *streaming.TargetClassSpec, out *TargetClassSpec, s conversion.Scope) error {
+	*out = *(*TargetClassSpec)(unsafe.Pointer(in))
+	return nil
+}
+
+// Convert_streaming_TargetClassSpec_To_v1_TargetClassSpec is an autogenerated conversion function.
+func Convert_streaming_TargetClassSpec_To_v1_TargetClassSpec(in *streaming.TargetClassSpec, out *TargetClassSpec, s conversion.Scope) error {
+	return autoConvert_streaming_TargetClassSpec_To_v1_TargetClassSpec(in, out, s)
 }
 
 func autoConvert_url_Values_To_v1_TargetExecOptions(in *url.Values, out *TargetExecOptions, s conversion.Scope) error {

@@ -31,6 +31,8 @@ import (
 func RegisterDefaults(scheme *runtime.Scheme) error {
 	scheme.AddTypeDefaultingFunc(&Target{}, func(obj interface{}) { SetObjectDefaults_Target(obj.(*Target)) })
 	scheme.AddTypeDefaultingFunc(&TargetAttachOptions{}, func(obj interface{}) { SetObjectDefaults_TargetAttachOptions(obj.(*TargetAttachOptions)) })
+	scheme.AddTypeDefaultingFunc(&TargetClass{}, func(obj interface{}) { SetObjectDefaults_TargetClass(obj.(*TargetClass)) })
+	scheme.AddTypeDefaultingFunc(&TargetClassList{}, func(obj interface{}) { SetObjectDefaults_TargetClassList(obj.(*TargetClassList)) })
 	scheme.AddTypeDefaultingFunc(&TargetExecOptions{}, func(obj interface{}) { SetObjectDefaults_TargetExecOptions(obj.(*TargetExecOptions)) })
 	scheme.AddTypeDefaultingFunc(&TargetList{}, func(obj interface{}) { SetObjectDefaults_TargetList(obj.(*TargetList)) })
 	scheme.AddTypeDefaultingFunc(&TargetLogOptions{}, func(obj interface{}) { SetObjectDefaults_TargetLogOptions(obj.(*TargetLogOptions)) })
@@ -47,6 +49,20 @@ func SetObjectDefaults_Target(in *Target) {
 
 func SetObjectDefaults_TargetAttachOptions(in *TargetAttachOptions) {
 	SetDefaults_TargetAttachOptions(in)
+}
+
+func SetObjectDefaults_TargetClass(in *TargetClass) {
+	for i := range in.Spec.Ports.Allowed {
+		a := &in.Spec.Ports.Allowed[i]
+		SetDefaults_PortRange(a)
+	}
+}
+
+func SetObjectDefaults_TargetClassList(in *TargetClassList) {
+	for i := range in.Items {
+		a := &in.Items[i]
+		SetObjectDefaults_TargetClass(a)
+	}
 }
 
 func SetObjectDefaults_TargetExecOptions(in *TargetExecOptions) {

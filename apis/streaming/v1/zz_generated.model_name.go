@@ -22,6 +22,11 @@ limitations under the License.
 package v1
 
 // OpenAPIModelName returns the OpenAPI model name for this type.
+func (in AddressPolicy) OpenAPIModelName() string {
+	return "io.aaserver.streaming.v1.AddressPolicy"
+}
+
+// OpenAPIModelName returns the OpenAPI model name for this type.
 func (in ContainerResources) OpenAPIModelName() string {
 	return "io.aaserver.streaming.v1.ContainerResources"
 }
@@ -72,6 +77,16 @@ func (in InstanceStatus) OpenAPIModelName() string {
 }
 
 // OpenAPIModelName returns the OpenAPI model name for this type.
+func (in PortPolicy) OpenAPIModelName() string {
+	return "io.aaserver.streaming.v1.PortPolicy"
+}
+
+// OpenAPIModelName returns the OpenAPI model name for this type.
+func (in PortRange) OpenAPIModelName() string {
+	return "io.aaserver.streaming.v1.PortRange"
+}
+
+// OpenAPIModelName returns the OpenAPI model name for this type.
 func (in ProcessSource) OpenAPIModelName() string {
 	return "io.aaserver.streaming.v1.ProcessSource"
 }
@@ -92,6 +107,11 @@ func (in SecretReference) OpenAPIModelName() string {
 }
 
 // OpenAPIModelName returns the OpenAPI model name for this type.
+func (in SessionLimits) OpenAPIModelName() string {
+	return "io.aaserver.streaming.v1.SessionLimits"
+}
+
+// OpenAPIModelName returns the OpenAPI model name for this type.
 func (in TCPSource) OpenAPIModelName() string {
 	return "io.aaserver.streaming.v1.TCPSource"
 }
@@ -109,6 +129,21 @@ func (in Target) OpenAPIModelName() string {
 // OpenAPIModelName returns the OpenAPI model name for this type.
 func (in TargetAttachOptions) OpenAPIModelName() string {
 	return "io.aaserver.streaming.v1.TargetAttachOptions"
+}
+
+// OpenAPIModelName returns the OpenAPI model name for this type.
+func (in TargetClass) OpenAPIModelName() string {
+	return "io.aaserver.streaming.v1.TargetClass"
+}
+
+// OpenAPIModelName returns the OpenAPI model name for this type.
+func (in TargetClassList) OpenAPIModelName() string {
+	return "io.aaserver.streaming.v1.TargetClassList"
+}
+
+// OpenAPIModelName returns the OpenAPI model name for this type.
+func (in TargetClassSpec) OpenAPIModelName() string {
+	return "io.aaserver.streaming.v1.TargetClassSpec"
 }
 
 // OpenAPIModelName returns the OpenAPI model name for this type.

@@ -55,6 +55,8 @@ func (f *sharedInformerFactory) ForResource(resource schema.GroupVersionResource
 	// Group=streaming.aaserver.io, Version=v1
 	case v1.SchemeGroupVersion.WithResource("targets"):
 		return &genericInformer{resource: resource.GroupResource(), informer: f.Streaming().V1().Targets().Informer()}, nil
+	case v1.SchemeGroupVersion.WithResource("targetclasses"):
+		return &genericInformer{resource: resource.GroupResource(), informer: f.Streaming().V1().TargetClasses().Informer()}, nil
 
 	}
 

@@ -25,3 +25,7 @@ type TargetListerExpansion interface{}
 // TargetNamespaceListerExpansion allows custom methods to be added to
 // TargetNamespaceLister.
 type TargetNamespaceListerExpansion interface{}
+
+// TargetClassListerExpansion allows custom methods to be added to
+// TargetClassLister.
+type TargetClassListerExpansion interface{}

@@ -26,6 +26,8 @@ import (
 type Interface interface {
 	// Targets returns a TargetInformer.
 	Targets() TypedTargetInformer
+	// TargetClasses returns a TargetClassInformer.
+	TargetClasses() TypedTargetClassInformer
 }
 
 type version struct {
@@ -42,4 +44,9 @@ func New(f internalinterfaces.SharedInformerFactory, namespace string, tweakList
 // Targets returns a TypedTargetInformer.
 func (v *version) Targets() TypedTargetInformer {
 	return &targetInformer{factory: v.factory, namespace: v.namespace, tweakListOptions: v.tweakListOptions}
+}
+
+// TargetClasses returns a TypedTargetClassInformer.
+func (v *version) TargetClasses() TypedTargetClassInformer {
+	return &targetClassInformer{factory: v.factory, tweakListOptions: v.tweakListOptions}
 }

@@ -29,6 +29,7 @@ import (
 type StreamingV1Interface interface {
 	RESTClient() rest.Interface
 	TargetsGetter
+	TargetClassesGetter
 }
 
 // StreamingV1Client is used to interact with features provided by the streaming.aaserver.io group.
@@ -38,6 +39,10 @@ type StreamingV1Client struct {
 
 func (c *StreamingV1Client) Targets(namespace string) TargetInterface {
 	return newTargets(c, namespace)
+}
+
+func (c *StreamingV1Client) TargetClasses() TargetClassInterface {
+	return newTargetClasses(c)
 }
 
 // NewForConfig creates a new StreamingV1Client for the given config.

@@ -32,6 +32,10 @@ func (c *FakeStreamingV1) Targets(namespace string) v1.TargetInterface {
 	return newFakeTargets(c, namespace)
 }
 
+func (c *FakeStreamingV1) TargetClasses() v1.TargetClassInterface {
+	return newFakeTargetClasses(c)
+}
+
 // RESTClient returns a RESTClient that is used to communicate
 // with API server by this client implementation.
 func (c *FakeStreamingV1) RESTClient() rest.Interface {

@@ -1,0 +1,164 @@
+package v1
+
+import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+const (
+	// AnnotationDefaultClass, with the value "true", makes a TargetClass the one
+	// of targets that name none. Of several, the one that was created last is.
+	AnnotationDefaultClass = "streaming.aaserver.io/is-default-class"
+
+	// ClassWildcard in a class's lists of agents and users stands for any.
+	ClassWildcard = "*"
+)
+
+// +genclient
+// +genclient:nonNamespaced
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+
+// TargetClass says what the targets that name it may do. What it doesn't allow
+// is refused: an empty class allows nothing. Naming a class needs the verb use
+// on it.
+//
+// It governs new targets, changes to targets and new connections, from the
+// moment that it is written. Instances that run and connections that are open
+// stay as they are.
+type TargetClass struct {
+	metav1.TypeMeta `json:",inline"`
+	// metadata is the standard object's metadata.
+	// +optional
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	// spec is what the class allows.
+	// +optional
+	Spec TargetClassSpec `json:"spec,omitempty"`
+}
+
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+
+// TargetClassList is a list of classes.
+type TargetClassList struct {
+	metav1.TypeMeta `json:",inline"`
+	// metadata is the standard list's metadata.
+	// +optional
+	metav1.ListMeta `json:"metadata,omitempty"`
+
+	// items are the classes.
+	Items []TargetClass `json:"items"`
+}
+
+// TargetClassSpec is what a class allows.
+type TargetClassSpec struct {
+	// sources are the sources that targets may have: process, container, ssh,
+	// tcp. With process and container, whoever may write targets runs commands
+	// on the agents' hosts.
+	// +optional
+	// +listType=set
+	Sources []string `json:"sources,omitempty"`
+
+	// agents are the agents that targets may name; * stands for any. Targets
+	// of a reached source (ssh, tcp) that name no agent need none here.
+	// +optional
+	// +listType=set
+	Agents []string `json:"agents,omitempty"`
+
+	// users are the users, by name or number, that a process may run as and
+	// that an SSH login may be for; * stands for any but root, which has to be
+	// named, as root or 0.
+	// +optional
+	// +listType=set
+	Users []string `json:"users,omitempty"`
+
+	// agentUser lets a process leave its user out, and run as the user that its
+	// agent runs as. That may be root.
+	// +optional
+	AgentUser bool `json:"agentUser,omitempty"`
+
+	// addresses says where the endpoints of reached sources (ssh, tcp) may be.
+	// +optional
+	Addresses AddressPolicy `json:"addresses,omitempty,omitzero"`
+
+	// ports says which ports may be forwarded.
+	// +optional
+	Ports PortPolicy `json:"ports,omitempty,omitzero"`
+
+	// limits bound the sessions (logs, execs, attaches, port-forwards) on
+	// targets of the class.
+	// +optional
+	Limits SessionLimits `json:"limits,omitempty,omitzero"`
+}
+
+// AddressPolicy says which addresses may be dialled. It is applied to each
+// address that a name resolves to, when it is dialled.
+//
+// Loopback, link-local, multicast and unspecified addresses and the cluster's
+// own service ranges are denied, unless an entry of allow lies within such a
+// range: an entry that merely contains it, such as 0.0.0.0/0, doesn't open it.
+type AddressPolicy struct {
+	// allow lists the CIDRs whose addresses may be dialled, such as
+	// 10.20.0.0/16; 256 at most. Empty allows every address that isn't denied.
+	// +optional
+	// +listType=set
+	Allow []string `json:"allow,omitempty"`
+
+	// deny lists CIDRs whose addresses may not be dialled, whatever allow says;
+	// 256 at most.
+	// +optional
+	// +listType=set
+	Deny []string `json:"deny,omitempty"`
+}
+
+// PortPolicy says which ports may be forwarded. A port is what the client asks
+// for: of a hosted process, its port in the target's spec.
+type PortPolicy struct {
+	// allowed are the ports that targets may list and clients may forward; 256
+	// at most. Empty allows all.
+	// +optional
+	// +listType=atomic
+	Allowed []PortRange `json:"allowed,omitempty"`
+
+	// unlisted lets ports be forwarded that the target's spec doesn't list: of
+	// a hosted process, every port of its host.
+	// +optional
+	Unlisted bool `json:"unlisted,omitempty"`
+}
+
+// PortRange is a port, or a range of them.
+type PortRange struct {
+	// port is the first port, 1 to 65535.
+	Port int32 `json:"port"`
+
+	// endPort is the last port, port to 65535; port itself if not given.
+	// +optional
+	EndPort int32 `json:"endPort,omitempty"`
+
+	// protocol is TCP (the default) or UDP.
+	// +optional
+	Protocol Protocol `json:"protocol,omitempty"`
+}
+
+// SessionLimits bound sessions, on each replica of the server for itself. What
+// isn't given is the server's default, which its flags set.
+type SessionLimits struct {
+	// sessionsPerUser is how many sessions one user may have open at a time on
+	// targets of the class, at least 1.
+	// +optional
+	SessionsPerUser *int32 `json:"sessionsPerUser,omitempty"`
+
+	// sessionsPerTarget is how many sessions may be open at a time on one
+	// target, at least 1.
+	// +optional
+	SessionsPerTarget *int32 `json:"sessionsPerTarget,omitempty"`
+
+	// idleTimeoutSeconds is how long an exec, attach or port-forward may go
+	// without a byte either way before it is ended, at least 1. Logs aren't
+	// idle while they wait for lines.
+	// +optional
+	IdleTimeoutSeconds *int64 `json:"idleTimeoutSeconds,omitempty"`
+
+	// maxDurationSeconds is how long a session may last before it is ended, at
+	// least 1.
+	// +optional
+	MaxDurationSeconds *int64 `json:"maxDurationSeconds,omitempty"`
+}
