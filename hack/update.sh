@@ -20,6 +20,24 @@ go tool defaulter-gen --go-header-file "$header" --output-file zz_generated.defa
 go tool conversion-gen --go-header-file "$header" --output-file zz_generated.conversion.go \
   ./apis/streaming/v1
 
+# go-to-protobuf finds packages and writes files by their import paths, below
+# one directory, and runs its other parts from the PATH.
+echo "protobuf"
+command -v protoc >/dev/null || { echo "update: protoc is missing: install it (Debian: protobuf-compiler)" >&2; exit 1; }
+sources=$(mktemp -d)
+trap 'rm -rf "$sources"' EXIT
+go build -o "$sources/bin/" k8s.io/code-generator/cmd/go-to-protobuf/protoc-gen-gogo golang.org/x/tools/cmd/goimports
+mkdir -p "$sources/$(dirname "$module")"
+ln -s "$PWD" "$sources/$module"
+for dependency in github.com/gogo/protobuf k8s.io/api k8s.io/apimachinery; do
+  mkdir -p "$sources/$(dirname "$dependency")"
+  ln -s "$(go list -m -f '{{.Dir}}' "$dependency")" "$sources/$dependency"
+done
+PATH="$sources/bin:$PATH" go tool go-to-protobuf --go-header-file "$header" \
+  --output-dir "$sources" --proto-import "$sources" --proto-import "$sources/github.com/gogo/protobuf/protobuf" \
+  --apimachinery-packages "$(printf -- '-%s,' k8s.io/apimachinery/pkg/{util/intstr,api/resource,runtime/schema,runtime,apis/meta/v1} k8s.io/api/core/v1 | sed 's/,$//')" \
+  --packages "$module/apis/streaming/v1"
+
 echo "OpenAPI"
 go tool openapi-gen --go-header-file "$header" --output-file zz_generated.openapi.go \
   --output-model-name-file zz_generated.model_name.go \
@@ -39,7 +57,7 @@ go tool applyconfiguration-gen --go-header-file "$header" \
   ./apis/streaming/v1
 go tool client-gen --go-header-file "$header" \
   --output-dir "$generated/clientset" --output-pkg "$module/$generated/clientset" \
-  --clientset-name versioned --apply-configuration-package "$module/$generated/applyconfiguration" \
+  --clientset-name versioned --prefers-protobuf --apply-configuration-package "$module/$generated/applyconfiguration" \
   --input-base "$PWD/apis" --input streaming/v1
 go tool lister-gen --go-header-file "$header" \
   --output-dir "$generated/listers" --output-pkg "$module/$generated/listers" \

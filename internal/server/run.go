@@ -8,11 +8,42 @@ import (
 
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	genericoptions "k8s.io/apiserver/pkg/server/options"
+	serverstorage "k8s.io/apiserver/pkg/server/storage"
+	"k8s.io/apiserver/pkg/storage/storagebackend"
 
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
 )
+
+// etcdPrefix is where everything is stored.
+const etcdPrefix = "/registry/" + v1.GroupName
+
+// newEtcdOptions returns the defaults of the storage: objects are stored as
+// protobuf.
+func newEtcdOptions() *genericoptions.EtcdOptions {
+	etcd := genericoptions.NewEtcdOptions(storagebackend.NewDefaultConfig(etcdPrefix, nil))
+	etcd.DefaultStorageMediaType = runtime.ContentTypeProtobuf
+	return etcd
+}
+
+// setStorageCodec says that objects are stored in the version v1, whatever
+// version they are written in, and as the media type that the options name.
+// What was stored as another is read all the same.
+func setStorageCodec(etcd *genericoptions.EtcdOptions) (err error) {
+	config := &etcd.StorageConfig
+	config.Codec, config.EncodeVersioner, err = serverstorage.NewStorageCodec(serverstorage.StorageCodecConfig{
+		StorageMediaType:  etcd.DefaultStorageMediaType,
+		StorageSerializer: Codecs,
+		StorageVersion:    v1.SchemeGroupVersion,
+		MemoryVersion:     schema.GroupVersion{Group: v1.GroupName, Version: runtime.APIVersionInternal},
+	})
+	return err
+}
 
 // openDataDir makes and locks a data directory.
 func openDataDir(dir string) (unlock func(), err error) {

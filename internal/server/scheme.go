@@ -1,8 +1,6 @@
 package server
 
 import (
-	"slices"
-
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -40,16 +38,4 @@ func newScheme() *runtime.Scheme {
 		&metav1.APIResourceList{},
 	)
 	return scheme
-}
-
-// withoutProtobuf doesn't offer protobuf, which our types can't be encoded in. A
-// client that prefers it then gets its second choice. Offered it, the controller
-// that deletes the contents of namespaces gets an error each time, and no
-// namespace ever ends.
-type withoutProtobuf struct{ runtime.NegotiatedSerializer }
-
-func (s withoutProtobuf) SupportedMediaTypes() []runtime.SerializerInfo {
-	return slices.DeleteFunc(slices.Clone(s.NegotiatedSerializer.SupportedMediaTypes()), func(info runtime.SerializerInfo) bool {
-		return info.MediaType == runtime.ContentTypeProtobuf
-	})
 }

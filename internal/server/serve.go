@@ -71,10 +71,10 @@ type ServeOptions struct {
 func NewServeOptions() *ServeOptions {
 	o := &ServeOptions{
 		StreamOptions: newStreamOptions(),
-		Recommended:   genericoptions.NewRecommendedOptions(etcdPrefix, Codecs.LegacyCodec(v1.SchemeGroupVersion)),
+		Recommended:   genericoptions.NewRecommendedOptions(etcdPrefix, nil),
 		ServerRun:     genericoptions.NewServerRunOptions(),
 	}
-	o.Recommended.Etcd.StorageConfig = *storageConfig()
+	o.Recommended.Etcd = newEtcdOptions()
 	// Without a certificate given, one is made that nobody has to trust: kept
 	// in memory, not in a directory relative to wherever the server was started.
 	o.Recommended.SecureServing.ServerCert.CertDirectory = ""
@@ -254,6 +254,9 @@ func (o *ServeOptions) config() (*Config, error) {
 	}
 	generic.EffectiveVersion = effectiveVersion{o.ServerRun.ComponentGlobalsRegistry.EffectiveVersionFor(basecompatibility.DefaultKubeComponent)}
 	o.Recommended.FeatureGate = utilfeature.DefaultFeatureGate
+	if err := setStorageCodec(o.Recommended.Etcd); err != nil {
+		return nil, err
+	}
 	port := serving.BindPort // it is forgotten when it can't be bound
 	if err := o.Recommended.ApplyTo(config.Generic); err != nil {
 		return nil, o.explain(err, port)

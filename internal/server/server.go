@@ -101,7 +101,6 @@ func (c completedConfig) New() (*Server, error) {
 		return nil, fmt.Errorf("the storage of targets: %w", err)
 	}
 	group := genericapiserver.NewDefaultAPIGroupInfo(v1.GroupName, Scheme, ParameterCodec, Codecs)
-	group.NegotiatedSerializer = withoutProtobuf{Codecs}
 	group.VersionedResourcesStorageMap[v1.SchemeGroupVersion.Version] = targets.Map()
 	if err := generic.InstallAPIGroup(&group); err != nil {
 		return nil, err

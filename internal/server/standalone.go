@@ -13,8 +13,6 @@ import (
 
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	utilerrors "k8s.io/apimachinery/pkg/util/errors"
 	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/apimachinery/pkg/util/wait"
@@ -28,7 +26,6 @@ import (
 	authorizationunion "k8s.io/apiserver/pkg/authorization/union"
 	"k8s.io/apiserver/pkg/server/dynamiccertificates"
 	genericoptions "k8s.io/apiserver/pkg/server/options"
-	"k8s.io/apiserver/pkg/storage/storagebackend"
 	"k8s.io/client-go/rest"
 	"k8s.io/component-base/metrics/legacyregistry"
 
@@ -40,9 +37,6 @@ import (
 
 // LocalAgent is the name of the agent that a standalone server embeds.
 const LocalAgent = "local"
-
-// etcdPrefix is where everything is stored.
-const etcdPrefix = "/registry/" + v1.GroupName
 
 // healthPaths answer everybody, so that a supervisor can probe them.
 var healthPaths = []string{"/healthz", "/livez", "/readyz"}
@@ -86,18 +80,10 @@ func NewStandaloneOptions() *StandaloneOptions {
 	serving.BindPort = 7443
 	return &StandaloneOptions{
 		StreamOptions: newStreamOptions(),
-		Etcd:          genericoptions.NewEtcdOptions(storageConfig()),
+		Etcd:          newEtcdOptions(),
 		SecureServing: serving.WithLoopback(),
 		Audit:         genericoptions.NewAuditOptions(),
 	}
-}
-
-// storageConfig says that objects are stored in the version v1, whatever
-// version they are written in.
-func storageConfig() *storagebackend.Config {
-	config := storagebackend.NewDefaultConfig(etcdPrefix, Codecs.LegacyCodec(v1.SchemeGroupVersion))
-	config.EncodeVersioner = runtime.NewMultiGroupVersioner(v1.SchemeGroupVersion, schema.GroupKind{Group: v1.GroupName})
-	return config
 }
 
 // AddFlags adds the flags to a set.
@@ -305,6 +291,9 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 	serving.Listener = listener
 	serving.ServerCert.CertKey = genericoptions.CertKey{CertFile: certificates.Serving, KeyFile: certificates.Serving}
 	if err := serving.ApplyToConfig(generic); err != nil {
+		return nil, err
+	}
+	if err := setStorageCodec(etcd); err != nil {
 		return nil, err
 	}
 	if err := etcd.ApplyTo(generic); err != nil {

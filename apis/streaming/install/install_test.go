@@ -40,6 +40,10 @@ func fuzzerFuncs(serializer.CodecFactory) []any {
 			c.FillNoCustom(port)
 			port.Protocol = api.ProtocolUDP
 		},
+		func(ports *api.PortRange, c randfill.Continue) {
+			c.FillNoCustom(ports)
+			ports.Protocol = api.ProtocolUDP
+		},
 	}
 }
 

@@ -28,11 +28,11 @@ type TargetClass struct {
 	metav1.TypeMeta `json:",inline"`
 	// metadata is the standard object's metadata.
 	// +optional
-	metav1.ObjectMeta `json:"metadata,omitempty"`
+	metav1.ObjectMeta `json:"metadata,omitempty" protobuf:"bytes,1,opt,name=metadata"`
 
 	// spec is what the class allows.
 	// +optional
-	Spec TargetClassSpec `json:"spec,omitempty"`
+	Spec TargetClassSpec `json:"spec,omitempty" protobuf:"bytes,2,opt,name=spec"`
 }
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
@@ -42,10 +42,10 @@ type TargetClassList struct {
 	metav1.TypeMeta `json:",inline"`
 	// metadata is the standard list's metadata.
 	// +optional
-	metav1.ListMeta `json:"metadata,omitempty"`
+	metav1.ListMeta `json:"metadata,omitempty" protobuf:"bytes,1,opt,name=metadata"`
 
 	// items are the classes.
-	Items []TargetClass `json:"items"`
+	Items []TargetClass `json:"items" protobuf:"bytes,2,rep,name=items"`
 }
 
 // TargetClassSpec is what a class allows.
@@ -55,38 +55,38 @@ type TargetClassSpec struct {
 	// on the agents' hosts.
 	// +optional
 	// +listType=set
-	Sources []string `json:"sources,omitempty"`
+	Sources []string `json:"sources,omitempty" protobuf:"bytes,1,rep,name=sources"`
 
 	// agents are the agents that targets may name; * stands for any. Targets
 	// of a reached source (ssh, tcp) that name no agent need none here.
 	// +optional
 	// +listType=set
-	Agents []string `json:"agents,omitempty"`
+	Agents []string `json:"agents,omitempty" protobuf:"bytes,2,rep,name=agents"`
 
 	// users are the users, by name or number, that a process may run as and
 	// that an SSH login may be for; * stands for any but root, which has to be
 	// named, as root or 0.
 	// +optional
 	// +listType=set
-	Users []string `json:"users,omitempty"`
+	Users []string `json:"users,omitempty" protobuf:"bytes,3,rep,name=users"`
 
 	// agentUser lets a process leave its user out, and run as the user that its
 	// agent runs as. That may be root.
 	// +optional
-	AgentUser bool `json:"agentUser,omitempty"`
+	AgentUser bool `json:"agentUser,omitempty" protobuf:"varint,4,opt,name=agentUser"`
 
 	// addresses says where the endpoints of reached sources (ssh, tcp) may be.
 	// +optional
-	Addresses AddressPolicy `json:"addresses,omitempty,omitzero"`
+	Addresses AddressPolicy `json:"addresses,omitempty,omitzero" protobuf:"bytes,5,opt,name=addresses"`
 
 	// ports says which ports may be forwarded.
 	// +optional
-	Ports PortPolicy `json:"ports,omitempty,omitzero"`
+	Ports PortPolicy `json:"ports,omitempty,omitzero" protobuf:"bytes,6,opt,name=ports"`
 
 	// limits bound the sessions (logs, execs, attaches, port-forwards) on
 	// targets of the class.
 	// +optional
-	Limits SessionLimits `json:"limits,omitempty,omitzero"`
+	Limits SessionLimits `json:"limits,omitempty,omitzero" protobuf:"bytes,7,opt,name=limits"`
 }
 
 // AddressPolicy says which addresses may be dialled. It is applied to each
@@ -100,13 +100,13 @@ type AddressPolicy struct {
 	// 10.20.0.0/16; 256 at most. Empty allows every address that isn't denied.
 	// +optional
 	// +listType=set
-	Allow []string `json:"allow,omitempty"`
+	Allow []string `json:"allow,omitempty" protobuf:"bytes,1,rep,name=allow"`
 
 	// deny lists CIDRs whose addresses may not be dialled, whatever allow says;
 	// 256 at most.
 	// +optional
 	// +listType=set
-	Deny []string `json:"deny,omitempty"`
+	Deny []string `json:"deny,omitempty" protobuf:"bytes,2,rep,name=deny"`
 }
 
 // PortPolicy says which ports may be forwarded. A port is what the client asks
@@ -116,26 +116,26 @@ type PortPolicy struct {
 	// at most. Empty allows all.
 	// +optional
 	// +listType=atomic
-	Allowed []PortRange `json:"allowed,omitempty"`
+	Allowed []PortRange `json:"allowed,omitempty" protobuf:"bytes,1,rep,name=allowed"`
 
 	// unlisted lets ports be forwarded that the target's spec doesn't list: of
 	// a hosted process, every port of its host.
 	// +optional
-	Unlisted bool `json:"unlisted,omitempty"`
+	Unlisted bool `json:"unlisted,omitempty" protobuf:"varint,2,opt,name=unlisted"`
 }
 
 // PortRange is a port, or a range of them.
 type PortRange struct {
 	// port is the first port, 1 to 65535.
-	Port int32 `json:"port"`
+	Port int32 `json:"port" protobuf:"varint,1,opt,name=port"`
 
 	// endPort is the last port, port to 65535; port itself if not given.
 	// +optional
-	EndPort int32 `json:"endPort,omitempty"`
+	EndPort int32 `json:"endPort,omitempty" protobuf:"varint,2,opt,name=endPort"`
 
 	// protocol is TCP (the default) or UDP.
 	// +optional
-	Protocol Protocol `json:"protocol,omitempty"`
+	Protocol Protocol `json:"protocol,omitempty" protobuf:"bytes,3,opt,name=protocol,casttype=Protocol"`
 }
 
 // SessionLimits bound sessions, on each replica of the server for itself. What
@@ -144,21 +144,21 @@ type SessionLimits struct {
 	// sessionsPerUser is how many sessions one user may have open at a time on
 	// targets of the class, at least 1.
 	// +optional
-	SessionsPerUser *int32 `json:"sessionsPerUser,omitempty"`
+	SessionsPerUser *int32 `json:"sessionsPerUser,omitempty" protobuf:"varint,1,opt,name=sessionsPerUser"`
 
 	// sessionsPerTarget is how many sessions may be open at a time on one
 	// target, at least 1.
 	// +optional
-	SessionsPerTarget *int32 `json:"sessionsPerTarget,omitempty"`
+	SessionsPerTarget *int32 `json:"sessionsPerTarget,omitempty" protobuf:"varint,2,opt,name=sessionsPerTarget"`
 
 	// idleTimeoutSeconds is how long an exec, attach or port-forward may go
 	// without a byte either way before it is ended, at least 1. Logs aren't
 	// idle while they wait for lines.
 	// +optional
-	IdleTimeoutSeconds *int64 `json:"idleTimeoutSeconds,omitempty"`
+	IdleTimeoutSeconds *int64 `json:"idleTimeoutSeconds,omitempty" protobuf:"varint,3,opt,name=idleTimeoutSeconds"`
 
 	// maxDurationSeconds is how long a session may last before it is ended, at
 	// least 1.
 	// +optional
-	MaxDurationSeconds *int64 `json:"maxDurationSeconds,omitempty"`
+	MaxDurationSeconds *int64 `json:"maxDurationSeconds,omitempty" protobuf:"varint,4,opt,name=maxDurationSeconds"`
 }

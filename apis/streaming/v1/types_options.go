@@ -26,25 +26,25 @@ type TargetLogOptions struct {
 	// instance names the instance; the first ready one if not given, or else
 	// the first.
 	// +optional
-	Instance string `json:"instance,omitempty"`
+	Instance string `json:"instance,omitempty" protobuf:"bytes,1,opt,name=instance"`
 
 	// follow keeps the response open and sends new lines as they come.
 	// +optional
-	Follow bool `json:"follow,omitempty"`
+	Follow bool `json:"follow,omitempty" protobuf:"varint,2,opt,name=follow"`
 
 	// previous reads the log of the instance's last run instead of its
 	// present one.
 	// +optional
-	Previous bool `json:"previous,omitempty"`
+	Previous bool `json:"previous,omitempty" protobuf:"varint,3,opt,name=previous"`
 
 	// sinceSeconds leaves out lines older than so many seconds; at least 1. At
 	// most one of sinceSeconds, sinceTime and resumeAfter may be given.
 	// +optional
-	SinceSeconds *int64 `json:"sinceSeconds,omitempty"`
+	SinceSeconds *int64 `json:"sinceSeconds,omitempty" protobuf:"varint,4,opt,name=sinceSeconds"`
 
 	// sinceTime leaves out lines from before this time.
 	// +optional
-	SinceTime *metav1.Time `json:"sinceTime,omitempty"`
+	SinceTime *metav1.Time `json:"sinceTime,omitempty" protobuf:"bytes,5,opt,name=sinceTime"`
 
 	// resumeAfter is an RFC 3339 time with nanoseconds, as timestamps prints
 	// it. Only lines from after it are returned, those of earlier runs of the
@@ -52,35 +52,35 @@ type TargetLogOptions struct {
 	// that this is an exact cursor. It needs instance, and excludes previous
 	// and tailLines.
 	// +optional
-	ResumeAfter string `json:"resumeAfter,omitempty"`
+	ResumeAfter string `json:"resumeAfter,omitempty" protobuf:"bytes,6,opt,name=resumeAfter"`
 
 	// timestamps puts the time of each line, in RFC 3339 with nanoseconds, and
 	// a space before it.
 	// +optional
-	Timestamps bool `json:"timestamps,omitempty"`
+	Timestamps bool `json:"timestamps,omitempty" protobuf:"varint,7,opt,name=timestamps"`
 
 	// tailLines returns the last lines only, so many; 0 or more.
 	// +optional
-	TailLines *int64 `json:"tailLines,omitempty"`
+	TailLines *int64 `json:"tailLines,omitempty" protobuf:"varint,8,opt,name=tailLines"`
 
 	// limitBytes ends the response after so many bytes; at least 1. The last
 	// line may be cut.
 	// +optional
-	LimitBytes *int64 `json:"limitBytes,omitempty"`
+	LimitBytes *int64 `json:"limitBytes,omitempty" protobuf:"varint,9,opt,name=limitBytes"`
 
 	// stream selects All (the default), Stdout or Stderr.
 	// +optional
-	Stream LogStream `json:"stream,omitempty"`
+	Stream LogStream `json:"stream,omitempty" protobuf:"bytes,10,opt,name=stream"`
 
 	// allInstances returns the logs of all instances, and excludes instance.
 	// When following, instances that come later are followed too.
 	// +optional
-	AllInstances bool `json:"allInstances,omitempty"`
+	AllInstances bool `json:"allInstances,omitempty" protobuf:"varint,11,opt,name=allInstances"`
 
 	// prefix puts the instance's name in brackets, and a space, before each
 	// line, and before its time.
 	// +optional
-	Prefix bool `json:"prefix,omitempty"`
+	Prefix bool `json:"prefix,omitempty" protobuf:"varint,12,opt,name=prefix"`
 }
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
@@ -92,28 +92,28 @@ type TargetExecOptions struct {
 
 	// instance names the instance; the first ready one if not given.
 	// +optional
-	Instance string `json:"instance,omitempty"`
+	Instance string `json:"instance,omitempty" protobuf:"bytes,1,opt,name=instance"`
 
 	// stdin sends the client's standard input to the command.
 	// +optional
-	Stdin bool `json:"stdin,omitempty"`
+	Stdin bool `json:"stdin,omitempty" protobuf:"varint,2,opt,name=stdin"`
 
 	// stdout returns the command's standard output.
 	// +optional
-	Stdout bool `json:"stdout,omitempty"`
+	Stdout bool `json:"stdout,omitempty" protobuf:"varint,3,opt,name=stdout"`
 
 	// stderr returns the command's standard error. A terminal has none of its
 	// own: it excludes tty.
 	// +optional
-	Stderr bool `json:"stderr,omitempty"`
+	Stderr bool `json:"stderr,omitempty" protobuf:"varint,4,opt,name=stderr"`
 
 	// tty gives the command a terminal.
 	// +optional
-	TTY bool `json:"tty,omitempty"`
+	TTY bool `json:"tty,omitempty" protobuf:"varint,5,opt,name=tty"`
 
 	// command is the program and its arguments. It isn't run in a shell.
 	// +listType=atomic
-	Command []string `json:"command"`
+	Command []string `json:"command" protobuf:"bytes,6,rep,name=command"`
 }
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
@@ -125,25 +125,25 @@ type TargetAttachOptions struct {
 
 	// instance names the instance; the first ready one if not given.
 	// +optional
-	Instance string `json:"instance,omitempty"`
+	Instance string `json:"instance,omitempty" protobuf:"bytes,1,opt,name=instance"`
 
 	// stdin sends the client's standard input to the instance, which must have
 	// one.
 	// +optional
-	Stdin bool `json:"stdin,omitempty"`
+	Stdin bool `json:"stdin,omitempty" protobuf:"varint,2,opt,name=stdin"`
 
 	// stdout returns the instance's standard output from now on.
 	// +optional
-	Stdout bool `json:"stdout,omitempty"`
+	Stdout bool `json:"stdout,omitempty" protobuf:"varint,3,opt,name=stdout"`
 
 	// stderr returns the instance's standard error from now on. A terminal has
 	// none of its own: it excludes tty.
 	// +optional
-	Stderr bool `json:"stderr,omitempty"`
+	Stderr bool `json:"stderr,omitempty" protobuf:"varint,4,opt,name=stderr"`
 
 	// tty says that the client is a terminal. The instance must have one too.
 	// +optional
-	TTY bool `json:"tty,omitempty"`
+	TTY bool `json:"tty,omitempty" protobuf:"varint,5,opt,name=tty"`
 }
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
@@ -155,12 +155,12 @@ type TargetPortForwardOptions struct {
 
 	// instance names the instance; the first ready one if not given.
 	// +optional
-	Instance string `json:"instance,omitempty"`
+	Instance string `json:"instance,omitempty" protobuf:"bytes,1,opt,name=instance"`
 
 	// ports, when given, are the only ports that the session may forward. The
 	// legacy WebSocket protocol needs them, and numbers its channels by their
 	// order.
 	// +optional
 	// +listType=atomic
-	Ports []int32 `json:"ports,omitempty"`
+	Ports []int32 `json:"ports,omitempty" protobuf:"varint,2,rep,name=ports"`
 }

@@ -73,6 +73,7 @@ func newTargets(c *StreamingV1Client, namespace string) *targets {
 			namespace,
 			func() *streamingv1.Target { return &streamingv1.Target{} },
 			func() *streamingv1.TargetList { return &streamingv1.TargetList{} },
+			gentype.PrefersProtobuf[*streamingv1.Target](),
 		),
 	}
 }
@@ -81,6 +82,7 @@ func newTargets(c *StreamingV1Client, namespace string) *targets {
 func (c *targets) GetScale(ctx context.Context, targetName string, options metav1.GetOptions) (result *autoscalingv1.Scale, err error) {
 	result = &autoscalingv1.Scale{}
 	err = c.GetClient().Get().
+		UseProtobufAsDefault().
 		Namespace(c.GetNamespace()).
 		Resource("targets").
 		Name(targetName).
@@ -95,6 +97,7 @@ func (c *targets) GetScale(ctx context.Context, targetName string, options metav
 func (c *targets) UpdateScale(ctx context.Context, targetName string, scale *autoscalingv1.Scale, opts metav1.UpdateOptions) (result *autoscalingv1.Scale, err error) {
 	result = &autoscalingv1.Scale{}
 	err = c.GetClient().Put().
+		UseProtobufAsDefault().
 		Namespace(c.GetNamespace()).
 		Resource("targets").
 		Name(targetName).

@@ -65,6 +65,7 @@ func newTargetClasses(c *StreamingV1Client) *targetClasses {
 			"",
 			func() *streamingv1.TargetClass { return &streamingv1.TargetClass{} },
 			func() *streamingv1.TargetClassList { return &streamingv1.TargetClassList{} },
+			gentype.PrefersProtobuf[*streamingv1.TargetClass](),
 		),
 	}
 }
