@@ -43,6 +43,8 @@ var layers = []layer{
 		reason: "the server is assembled from everything that serves"},
 	{packages: "internal/admission", may: []string{"apis/...", "internal/policy"},
 		reason: "admission judges objects: it knows the API and its policy, and nothing that carries it out"},
+	{packages: "internal/policy", may: []string{"apis/streaming/v1"}, never: []string{"k8s.io/apiserver"},
+		reason: "what a class allows follows from the class: whoever enforces it, on a server or not, judges alike"},
 	{packages: "internal/storage", may: nil, never: []string{"github.com/k3s-io/kine/pkg/endpoint"},
 		reason: "storage is a backend, not a user of the API; kine's endpoint package links every driver with its server"},
 	{packages: "internal/pki", may: nil,

@@ -1,0 +1,293 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+)
+
+// maxErrors bounds what Check returns: a target may have hundreds of endpoints
+// that are all wrong for one reason.
+const maxErrors = 16
+
+// CheckOptions say what Check judges by beside the class.
+type CheckOptions struct {
+	// Old is the target before an update, nil if it is created or connected
+	// to.
+	Old *v1.Target
+	// Services are the cluster's service ranges.
+	Services []netip.Prefix
+}
+
+// Check returns what of a target's spec its class doesn't allow, the first 16
+// errors. Names of hosts are judged when they are dialled.
+//
+// Of an update, it returns what wasn't wrong before: what is unchanged isn't
+// refused because the class has changed. An endpoint or a port is unchanged if
+// the old target has it too; the source, the agent and the user are unchanged
+// as long as the update makes nothing else run, nor more of it, and nothing
+// else be reached. With another class everything is judged.
+func Check(class *v1.TargetClass, target *v1.Target, opts CheckOptions) field.ErrorList {
+	spec := field.NewPath("spec")
+	if class == nil {
+		return field.ErrorList{field.Forbidden(spec.Child("className"), errNoClass.Error())}
+	}
+	old := &v1.TargetSpec{}
+	if opts.Old != nil && opts.Old.Spec.ClassName == target.Spec.ClassName {
+		old = &opts.Old.Spec
+	}
+	c := &check{class: class, services: opts.Services}
+	if !startsNothing(&target.Spec, old) {
+		c.source(&target.Spec, spec)
+	}
+	if ssh := target.Spec.SSH; ssh != nil {
+		c.endpoints(ssh.Endpoints, endpointsOf(old), spec.Child("ssh", "endpoints"))
+	}
+	if tcp := target.Spec.TCP; tcp != nil {
+		c.endpoints(tcp.Endpoints, endpointsOf(old), spec.Child("tcp", "endpoints"))
+	}
+	c.ports(target.Spec.Ports, old.Ports, spec.Child("ports"))
+	return c.errs
+}
+
+// startsNothing says that a spec makes nothing run or be reached that the old
+// one didn't.
+func startsNothing(spec, old *v1.TargetSpec) bool {
+	return spec.Source() != "" &&
+		spec.AgentName == old.AgentName &&
+		replicas(spec) <= replicas(old) &&
+		equality.Semantic.DeepEqual(spec.Process, old.Process) &&
+		equality.Semantic.DeepEqual(spec.Container, old.Container) &&
+		equality.Semantic.DeepEqual(withoutEndpoints(spec.SSH), withoutEndpoints(old.SSH)) &&
+		equality.Semantic.DeepEqual(tlsOf(spec.TCP), tlsOf(old.TCP)) &&
+		!slices.ContainsFunc(endpointsOf(spec), func(e v1.Endpoint) bool { return !slices.Contains(endpointsOf(old), e) })
+}
+
+func replicas(spec *v1.TargetSpec) int32 {
+	if spec.Replicas == nil {
+		return v1.DefaultReplicas
+	}
+	return *spec.Replicas
+}
+
+func withoutEndpoints(source *v1.SSHSource) *v1.SSHSource {
+	if source == nil {
+		return nil
+	}
+	rest := *source
+	rest.Endpoints = nil
+	return &rest
+}
+
+func tlsOf(source *v1.TCPSource) *v1.TCPTLS {
+	if source == nil {
+		return nil
+	}
+	return source.TLS
+}
+
+func endpointsOf(spec *v1.TargetSpec) []v1.Endpoint {
+	switch {
+	case spec.SSH != nil:
+		return spec.SSH.Endpoints
+	case spec.TCP != nil:
+		return spec.TCP.Endpoints
+	}
+	return nil
+}
+
+// check collects what a class doesn't allow.
+type check struct {
+	class    *v1.TargetClass
+	services []netip.Prefix
+	errs     field.ErrorList
+}
+
+func (c *check) forbid(p *field.Path, format string, args ...any) {
+	if len(c.errs) < maxErrors {
+		c.errs = append(c.errs, field.Forbidden(p, classNamed(c.class.Name)+" "+fmt.Sprintf(format, args...)))
+	}
+}
+
+func (c *check) source(spec *v1.TargetSpec, p *field.Path) {
+	allowed := &c.class.Spec
+	found := false
+	for _, source := range []struct {
+		name string
+		set  bool
+	}{
+		{v1.SourceProcess, spec.Process != nil},
+		{v1.SourceContainer, spec.Container != nil},
+		{v1.SourceSSH, spec.SSH != nil},
+		{v1.SourceTCP, spec.TCP != nil},
+	} {
+		found = found || source.set
+		if source.set && !slices.Contains(allowed.Sources, source.name) {
+			c.forbid(p.Child(source.name), "allows the sources: %s", list(allowed.Sources))
+		}
+	}
+	if !found {
+		c.forbid(p, "allows the sources: %s", list(allowed.Sources))
+	}
+	if (spec.Hosted() || spec.AgentName != "") && !slices.Contains(allowed.Agents, spec.AgentName) && !slices.Contains(allowed.Agents, v1.ClassWildcard) {
+		c.forbid(p.Child("agentName"), "allows the agents: %s", list(allowed.Agents))
+	}
+	if spec.Process != nil {
+		c.user(spec.Process.User, allowed.AgentUser, p.Child("process", "user"))
+	}
+	if spec.SSH != nil {
+		c.user(spec.SSH.User, false, p.Child("ssh", "user"))
+	}
+}
+
+// user judges whom a process runs as, or a login is for.
+func (c *check) user(user string, mayLeaveOut bool, p *field.Path) {
+	users := c.class.Spec.Users
+	if user == "" {
+		if !mayLeaveOut {
+			c.forbid(p, "doesn't allow that it is left out: it allows the users: %s", list(users))
+		}
+		return
+	}
+	if slices.Contains(users, user) && user != v1.ClassWildcard {
+		return
+	}
+	if user == "root" || user == "0" {
+		if slices.Contains(users, "root") || slices.Contains(users, "0") {
+			return
+		}
+	} else if slices.Contains(users, v1.ClassWildcard) && !mayBeRoot(user) {
+		return
+	}
+	note := ""
+	if mayBeRoot(user) {
+		note = "; root has to be named"
+	}
+	c.forbid(p, "allows the users: %s%s", list(users), note)
+}
+
+// mayBeRoot says whether a user other than by the name root or 0 may be root
+// all the same: of a login, OpenSSH takes for the user what is before a colon,
+// and with Debian's patches before a slash; some directories of users don't
+// tell upper case from lower; and a number may be written in several ways, or
+// be too big for the type that holds it.
+func mayBeRoot(user string) bool {
+	if i := strings.IndexAny(user, ":/"); i >= 0 {
+		user = user[:i]
+	}
+	if strings.EqualFold(user, "root") || user == "" {
+		return true
+	}
+	digits := strings.TrimLeft(user, "+-")
+	if strings.Trim(digits, "0123456789") != "" {
+		return false
+	}
+	id, err := strconv.ParseUint(digits, 10, 32)
+	return err != nil || id == 0 || digits != user
+}
+
+func (c *check) endpoints(endpoints, old []v1.Endpoint, p *field.Path) {
+	var addresses *Addresses
+	for i, e := range endpoints {
+		addr, err := netip.ParseAddr(e.Host)
+		if err != nil || slices.Contains(old, e) {
+			continue
+		}
+		if addresses == nil {
+			addresses = NewAddresses(c.class, c.services)
+		}
+		if reason := addresses.denies(addr); reason != "" {
+			c.forbid(p.Index(i).Child("host"), "does not allow the address %s: %s", addressText(addr), reason)
+		}
+	}
+}
+
+func (c *check) ports(ports, old []v1.TargetPort, p *field.Path) {
+	policy := &c.class.Spec.Ports
+	for i, port := range ports {
+		p, protocol := p.Index(i), protocolOf(port.Protocol)
+		if !policyAllows(policy, port.Port, protocol) && !slices.ContainsFunc(old, func(o v1.TargetPort) bool {
+			return o.Port == port.Port && protocolOf(o.Protocol) == protocol
+		}) {
+			c.forbid(p.Child("port"), "allows the ports: %s", portsText(policy.Allowed))
+		}
+		// A process could otherwise claim any port of its host.
+		if port.HostPort != 0 && !policyAllows(policy, port.HostPort, protocol) && !slices.ContainsFunc(old, func(o v1.TargetPort) bool {
+			return o.HostPort == port.HostPort && protocolOf(o.Protocol) == protocol
+		}) {
+			c.forbid(p.Child("hostPort"), "allows the ports: %s", portsText(policy.Allowed))
+		}
+	}
+}
+
+// AllowPort returns nil if a port of the target may be forwarded, and else a
+// *DeniedError that says which may be.
+func AllowPort(class *v1.TargetClass, target *v1.Target, port uint16, protocol v1.Protocol) error {
+	if class == nil {
+		return errNoClass
+	}
+	policy, protocol := &class.Spec.Ports, protocolOf(protocol)
+	if !policyAllows(policy, int32(port), protocol) {
+		return deny(class.Name, "does not allow port %d (%s) to be forwarded. It allows the ports: %s",
+			port, clip(string(protocol), maxListBytes), portsText(policy.Allowed))
+	}
+	if policy.Unlisted {
+		return nil
+	}
+	var open []string
+	for _, p := range target.Spec.Ports {
+		listed := protocolOf(p.Protocol)
+		if p.Port == int32(port) && listed == protocol {
+			return nil
+		}
+		if policyAllows(policy, p.Port, listed) {
+			open = append(open, fmt.Sprintf("%s (%d %s)", p.Name, p.Port, listed))
+		}
+	}
+	return deny(class.Name, "allows only ports to be forwarded that the target's spec lists, and port %d (%s) is none of them. Open are: %s",
+		port, protocol, list(open))
+}
+
+// policyAllows says whether a port is one of those that may be listed and
+// forwarded.
+func policyAllows(policy *v1.PortPolicy, port int32, protocol v1.Protocol) bool {
+	if port < 1 || port > 65535 || protocol != v1.ProtocolTCP && protocol != v1.ProtocolUDP {
+		return false
+	}
+	return len(policy.Allowed) == 0 || slices.ContainsFunc(policy.Allowed, func(r v1.PortRange) bool {
+		last := r.EndPort
+		if last == 0 {
+			last = r.Port
+		}
+		return r.Port >= 1 && last <= 65535 && r.Port <= port && port <= last && protocolOf(r.Protocol) == protocol
+	})
+}
+
+func protocolOf(p v1.Protocol) v1.Protocol {
+	if p == "" {
+		return v1.ProtocolTCP
+	}
+	return p
+}
+
+func portsText(ranges []v1.PortRange) string {
+	if len(ranges) == 0 {
+		return "1-65535"
+	}
+	texts := make([]string, 0, len(ranges))
+	for _, r := range ranges {
+		text := strconv.Itoa(int(r.Port))
+		if r.EndPort != 0 && r.EndPort != r.Port {
+			text += "-" + strconv.Itoa(int(r.EndPort))
+		}
+		texts = append(texts, text+" "+string(protocolOf(r.Protocol)))
+	}
+	return list(texts)
+}
