@@ -5,7 +5,7 @@
 //
 // One session, by its caller:
 //
-//	ctx, session, err := manager.Start(ctx, info) // or 429, 503
+//	ctx, session, err := manager.Start(ctx, info, limits) // or 429, 503
 //	err = serve(ctx)                              // ends when ctx does
 //	session.End(err)                              // exactly one counts
 package session
@@ -33,9 +33,12 @@ import (
 // DefaultMax is how many sessions a server has at most, unless told otherwise.
 const DefaultMax = 10000
 
+// retryAfterSeconds is when a client that was refused is to try again.
+const retryAfterSeconds = 5
+
 var (
 	// ErrTooMany refuses a session: the server has as many as it may.
-	ErrTooMany error = apierrors.NewTooManyRequests("too many sessions are open on this server: close some, or try again later", 5)
+	ErrTooMany error = apierrors.NewTooManyRequests("too many sessions are open on this server: close some, or try again later", retryAfterSeconds)
 
 	// ErrDraining refuses a session, and is the cause that ends one, when the
 	// server shuts down. The server that comes next, or another replica of it,
@@ -49,10 +52,24 @@ var (
 	}}
 )
 
+// Limits bound a session and those beside it. What is 0 isn't bounded.
+type Limits struct {
+	// PerUser is how many sessions its user may have open on targets of its
+	// class, this one included; PerTarget how many its target may.
+	PerUser, PerTarget int
+	// IdleTimeout is how long it may go without a byte either way. It is ended
+	// within a quarter of that time more.
+	IdleTimeout time.Duration
+	// MaxDuration is how long it may last.
+	MaxDuration time.Duration
+}
+
 // Info says who is connected to what.
 type Info struct {
 	// User is the name of the user.
 	User string
+	// Class is the name of the target's TargetClass.
+	Class string
 	// Namespace and Target name the target; TargetUID tells it from a later
 	// one of the same name.
 	Namespace, Target string
@@ -97,10 +114,15 @@ type Manager struct {
 	// that draining begins, happens under it: none slips in between.
 	mu       sync.Mutex
 	sessions map[*Session]struct{}
+	users    map[classUser]int
+	targets  map[types.UID]int
 	draining bool
 	// drained is closed once draining and without sessions.
 	drained chan struct{}
 }
+
+// classUser is whose sessions are counted against Limits.PerUser.
+type classUser struct{ class, user string }
 
 // NewManager returns a Manager without sessions.
 func NewManager(opts Options) *Manager {
@@ -116,6 +138,8 @@ func NewManager(opts Options) *Manager {
 		code:     opts.Code,
 		metrics:  newMetrics(),
 		sessions: map[*Session]struct{}{},
+		users:    map[classUser]int{},
+		targets:  map[types.UID]int{},
 		drained:  make(chan struct{}),
 	}
 }
@@ -140,16 +164,20 @@ type Session struct {
 	cancel  context.CancelCauseFunc
 	started time.Time
 	end     sync.Once
+	// overtime and idle end the session, if they are set.
+	overtime *time.Timer
+	idle     atomic.Pointer[time.Timer]
 
 	// What the client sent, and what it was sent, in bytes.
 	in, out       atomic.Int64
 	inAll, outAll metrics.CounterMetric
 }
 
-// Start registers a session, or refuses it with ErrTooMany or ErrDraining. The
-// returned context ends when the session is to end, and its cause says why.
-// The caller ends the session when nothing of it is left.
-func (m *Manager) Start(ctx context.Context, info Info) (context.Context, *Session, error) {
+// Start registers a session, or refuses it with a status: 429 if there are too
+// many, 503 while draining. The returned context ends when the session is to
+// end, and its cause says why. The caller ends the session when nothing of it is
+// left.
+func (m *Manager) Start(ctx context.Context, info Info, limits Limits) (context.Context, *Session, error) {
 	s := &Session{
 		id:      string(uuid.NewUUID()),
 		info:    info,
@@ -162,34 +190,91 @@ func (m *Manager) Start(ctx context.Context, info Info) (context.Context, *Sessi
 	parent := ctx
 	ctx, s.cancel = context.WithCancelCause(ctx)
 
-	if err := m.add(s); err != nil {
+	if err := m.add(s, limits); err != nil {
 		s.cancel(err)
 		m.metrics.ended(info, m.codeOf(err))
 		s.log.Info("Session refused", "cause", err.Error())
 		return parent, nil, err
 	}
+	s.limit(ctx, limits)
 	s.log.V(2).Info("Session started", "instance", info.Instance, "protocol", info.Protocol)
 	return ctx, s, nil
 }
 
-func (m *Manager) add(s *Session) error {
+func (m *Manager) add(s *Session, limits Limits) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	user := classUser{s.info.Class, s.info.User}
 	switch {
 	case m.draining:
 		return ErrDraining
 	case len(m.sessions) >= m.max:
 		return ErrTooMany
+	case limits.PerUser > 0 && m.users[user] >= limits.PerUser:
+		return tooMany("user %q has %d sessions open on targets of class %q, the most that one user may have there", s.info.User, limits.PerUser, s.info.Class)
+	case limits.PerTarget > 0 && m.targets[s.info.TargetUID] >= limits.PerTarget:
+		return tooMany("target %q has %d sessions open, the most that it may have", s.info.Target, limits.PerTarget)
 	}
 	m.sessions[s] = struct{}{}
+	m.users[user]++
+	m.targets[s.info.TargetUID]++
 	m.metrics.started(s.info)
 	return nil
+}
+
+func tooMany(format string, args ...any) error {
+	return apierrors.NewTooManyRequests(fmt.Sprintf(format, args...)+": close some, or try again later", retryAfterSeconds)
+}
+
+// limit has the session end when its time is over.
+func (s *Session) limit(ctx context.Context, limits Limits) {
+	if most := limits.MaxDuration; most > 0 {
+		s.overtime = time.AfterFunc(most, func() {
+			s.cancel(timedOut("the session was ended after %s, the longest that it may last: connect again", most))
+		})
+	}
+	if most := limits.IdleTimeout; most > 0 {
+		s.watchIdle(ctx, most, 0, 0)
+	}
+}
+
+// idleChecks is how often a session is looked at in the time that it may be
+// idle. That costs what passes through it nothing.
+const idleChecks = 4
+
+// watchIdle looks at the session after a while: whether more than moved bytes
+// have passed, or it was quiet for one time more.
+func (s *Session) watchIdle(ctx context.Context, most time.Duration, moved int64, quiet int) {
+	s.idle.Store(time.AfterFunc(max(most/idleChecks, 1), func() {
+		if ctx.Err() != nil {
+			return
+		}
+		in, out := s.Bytes()
+		if in+out != moved {
+			s.watchIdle(ctx, most, in+out, 0)
+		} else if quiet+1 < idleChecks {
+			s.watchIdle(ctx, most, moved, quiet+1)
+		} else {
+			s.cancel(timedOut("the session was ended because nothing passed for %s, the longest that it may be idle", most))
+		}
+	}))
+}
+
+func timedOut(format string, args ...any) error {
+	return apierrors.NewTimeoutError(fmt.Sprintf(format, args...), 0)
 }
 
 func (m *Manager) remove(s *Session) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.sessions, s)
+	user := classUser{s.info.Class, s.info.User}
+	if m.users[user]--; m.users[user] == 0 {
+		delete(m.users, user)
+	}
+	if m.targets[s.info.TargetUID]--; m.targets[s.info.TargetUID] == 0 {
+		delete(m.targets, s.info.TargetUID)
+	}
 	if m.draining && len(m.sessions) == 0 {
 		close(m.drained)
 	}
@@ -233,6 +318,11 @@ func (s *Session) End(err error) {
 	s.end.Do(func() {
 		duration := s.manager.clock.Since(s.started)
 		s.cancel(err)
+		for _, timer := range []*time.Timer{s.overtime, s.idle.Load()} {
+			if timer != nil {
+				timer.Stop()
+			}
+		}
 		s.manager.metrics.finished(s.info, s.manager.codeOf(err), duration)
 		cause := "done"
 		if err != nil {

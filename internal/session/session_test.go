@@ -10,12 +10,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/component-base/metrics"
 	"k8s.io/component-base/metrics/testutil"
 	"k8s.io/klog/v2"
@@ -67,7 +69,7 @@ func TestStartRefuses(t *testing.T) {
 				end()
 				_ = m.Drain(ended)
 			}
-			ctx, s, err := m.Start(t.Context(), exec)
+			ctx, s, err := m.Start(t.Context(), exec, Limits{})
 			if !errors.Is(err, test.wantErr) {
 				t.Fatalf("got error %v, want %v", err, test.wantErr)
 			}
@@ -115,7 +117,7 @@ func TestContextEndsWithItsParentsCause(t *testing.T) {
 	m := NewManager(Options{})
 	gone := errors.New("the client went away")
 	parent, leave := context.WithCancelCause(t.Context())
-	ctx, s, err := m.Start(parent, exec)
+	ctx, s, err := m.Start(parent, exec, Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +171,7 @@ func TestStartAgainstDrain(t *testing.T) {
 		for range 8 {
 			wg.Go(func() {
 				for {
-					ctx, s, err := m.Start(t.Context(), exec)
+					ctx, s, err := m.Start(t.Context(), exec, Limits{})
 					if err != nil {
 						if err != ErrDraining {
 							t.Errorf("got %v, want %v", err, ErrDraining)
@@ -328,7 +330,7 @@ func TestMetrics(t *testing.T) {
 	_, first := start(t, m, exec)
 	_, second := start(t, m, Info{Subresource: "portforward", Protocol: ProtocolSPDY})
 	_, third := start(t, m, Info{Subresource: "made up by a client", Protocol: "made up too"})
-	if _, _, err := m.Start(t.Context(), exec); err != ErrTooMany {
+	if _, _, err := m.Start(t.Context(), exec, Limits{}); err != ErrTooMany {
 		t.Fatalf("got %v, want %v", err, ErrTooMany)
 	}
 	first.AddIn(3)
@@ -376,7 +378,7 @@ func TestEndLogsWhoWhatAndWhy(t *testing.T) {
 	var out bytes.Buffer
 	logger := textlogger.NewLogger(textlogger.NewConfig(textlogger.Output(&out)))
 	m := NewManager(Options{Clock: clock})
-	_, s, err := m.Start(klog.NewContext(t.Context(), logger), exec)
+	_, s, err := m.Start(klog.NewContext(t.Context(), logger), exec, Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -396,7 +398,7 @@ func TestEndLogsWhoWhatAndWhy(t *testing.T) {
 
 func start(t *testing.T, m *Manager, info Info) (context.Context, *Session) {
 	t.Helper()
-	ctx, s, err := m.Start(t.Context(), info)
+	ctx, s, err := m.Start(t.Context(), info, Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -410,4 +412,120 @@ func registered(t *testing.T) (*Manager, metrics.KubeRegistry) {
 		t.Fatal(err)
 	}
 	return m, registry
+}
+
+func TestLimitsOfUsersAndTargets(t *testing.T) {
+	m := NewManager(Options{})
+	limits := Limits{PerUser: 2, PerTarget: 3}
+	start := func(class, user string, uid types.UID) (*Session, error) {
+		_, s, err := m.Start(t.Context(), Info{Class: class, User: user, Target: "web", TargetUID: uid, Subresource: "exec"}, limits)
+		return s, err
+	}
+	must := func(class, user string, uid types.UID) *Session {
+		t.Helper()
+		s, err := start(class, user, uid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	refused := func(class, user string, uid types.UID, want string) {
+		t.Helper()
+		_, err := start(class, user, uid)
+		if !apierrors.IsTooManyRequests(err) || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want a 429 that says %q", err, want)
+		}
+		if seconds, ok := apierrors.SuggestsClientDelay(err); !ok || seconds <= 0 {
+			t.Errorf("%v doesn't say when to try again", err)
+		}
+	}
+	first := must("standard", "jane", "u-1")
+	second := must("standard", "jane", "u-2")
+	refused("standard", "jane", "u-3", `user "jane" has 2 sessions open on targets of class "standard"`)
+	other := must("other", "jane", "u-1")
+	must("standard", "joe", "u-1")
+	refused("standard", "ann", "u-1", `target "web" has 3 sessions open`)
+	first.End(nil)
+	first.End(nil) // it counts once
+	third := must("standard", "jane", "u-1")
+	refused("standard", "ann", "u-1", "target")
+	for _, s := range []*Session{second, other, third} {
+		s.End(nil)
+	}
+	if want := 1; len(m.users) != want || len(m.targets) != want {
+		t.Errorf("%d users and %d targets are counted, want %d of each: who has left is forgotten", len(m.users), len(m.targets), want)
+	}
+}
+
+func TestSessionsEndInTime(t *testing.T) {
+	for name, tt := range map[string]struct {
+		limits Limits
+		// traffic is how often a byte passes, never if 0.
+		traffic  time.Duration
+		wantFrom time.Duration
+		wantTo   time.Duration
+		want     string
+	}{
+		"one that may not last is ended, busy or not": {
+			limits:  Limits{MaxDuration: time.Minute, IdleTimeout: time.Hour},
+			traffic: time.Second, wantFrom: time.Minute, wantTo: time.Minute,
+			want: "ended after 1m0s",
+		},
+		"one through which nothing passes is ended": {
+			limits:   Limits{IdleTimeout: time.Minute},
+			wantFrom: time.Minute, wantTo: time.Minute + time.Minute/4,
+			want: "nothing passed for 1m0s",
+		},
+		"one through which little passes goes on": {
+			limits:  Limits{IdleTimeout: time.Minute, MaxDuration: 24 * time.Hour},
+			traffic: 59 * time.Second, wantFrom: 24 * time.Hour, wantTo: 24 * time.Hour,
+			want: "ended after 24h0m0s",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, s, err := NewManager(Options{}).Start(t.Context(), Info{Subresource: "exec"}, tt.limits)
+				if err != nil {
+					t.Fatal(err)
+				}
+				began := time.Now()
+				for ctx.Err() == nil {
+					if tt.traffic == 0 {
+						<-ctx.Done()
+						break
+					}
+					select {
+					case <-time.After(tt.traffic):
+						s.AddOut(1)
+					case <-ctx.Done():
+					}
+				}
+				took := time.Since(began)
+				if took < tt.wantFrom || took > tt.wantTo {
+					t.Errorf("it was ended after %s, want between %s and %s", took, tt.wantFrom, tt.wantTo)
+				}
+				cause := context.Cause(ctx)
+				if !apierrors.IsTimeout(cause) || !strings.Contains(cause.Error(), tt.want) {
+					t.Errorf("the cause is %v, want a timeout that says %q", cause, tt.want)
+				}
+				s.End(cause)
+			})
+		})
+	}
+}
+
+// TestTimersEndWithTheSession: synctest fails a test that leaves one that goes
+// off again and again.
+func TestTimersEndWithTheSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, s, err := NewManager(Options{}).Start(t.Context(), Info{Subresource: "exec"}, Limits{IdleTimeout: time.Minute, MaxDuration: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.End(nil)
+		time.Sleep(2 * time.Hour)
+		if cause := context.Cause(ctx); cause != context.Canceled {
+			t.Errorf("a session that was done has the cause %v", cause)
+		}
+	})
 }

@@ -107,21 +107,21 @@ func (c *connector) command(ctx context.Context, name, instance, subresource str
 	if err := authorizeCreate(ctx, c.opts.Authorizer); err != nil {
 		return nil, err
 	}
-	target, err := c.target(ctx, name)
+	to, err := c.access(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	if instance, err = pick(target, instance, false); err != nil {
+	if instance, err = pick(to.target, instance, false); err != nil {
 		return nil, err
 	}
-	return c.stream(responder, target, instance, subresource, func(w http.ResponseWriter, r *http.Request, s *session.Session) error {
-		conn, err := c.open(r.Context(), target, instance)
+	return c.stream(responder, to, instance, subresource, func(w http.ResponseWriter, r *http.Request, s *session.Session) error {
+		conn, err := c.open(r.Context(), to, instance)
 		if err != nil {
 			responder.Error(statusError(err))
 			return err
 		}
 		defer conn.Close()
-		run, err := prepare(r.Context(), conn, target)
+		run, err := prepare(r.Context(), conn, to.target)
 		if err != nil {
 			responder.Error(statusError(err))
 			return err

@@ -20,6 +20,7 @@ import (
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/policy"
 	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/streaming"
 )
@@ -31,13 +32,29 @@ type connector struct {
 	opts    Options
 }
 
-// target returns a target in the version that drivers use.
-func (c *connector) target(ctx context.Context, name string) (*v1.Target, error) {
+// access is a target, and the class that governs what a connection may do with
+// it, both as they were when the connection was asked for.
+type access struct {
+	target *v1.Target
+	class  *v1.TargetClass
+}
+
+// access finds a target and its class. Without its class, a target can't be
+// connected to.
+func (c *connector) access(ctx context.Context, name string) (*access, error) {
 	obj, err := c.targets.Get(ctx, name, &metav1.GetOptions{})
 	if err != nil {
 		return nil, err
 	}
-	return toV1(obj.(*api.Target))
+	target, err := toV1(obj.(*api.Target))
+	if err != nil {
+		return nil, err
+	}
+	class, err := policy.Governing(ctx, c.opts.Classes, target.Spec.ClassName)
+	if err != nil {
+		return nil, statusError(err)
+	}
+	return &access{target, class}, nil
 }
 
 // pick returns the instance that a request means: the one that it names, or
@@ -109,12 +126,23 @@ func describe(instance v1.InstanceStatus) string {
 // stream serves one streaming request: it registers the session, calls serve,
 // and ends the session with what serve returned. A session that may not begin
 // is answered with an HTTP status.
-func (c *connector) stream(responder rest.Responder, target *v1.Target, instance, subresource string, serve func(w http.ResponseWriter, r *http.Request, s *session.Session) error) http.Handler {
+func (c *connector) stream(responder rest.Responder, to *access, instance, subresource string, serve func(w http.ResponseWriter, r *http.Request, s *session.Session) error) http.Handler {
+	allowed := policy.LimitsOf(to.class, c.opts.Limits)
+	limits := session.Limits{
+		PerUser:     allowed.SessionsPerUser,
+		PerTarget:   allowed.SessionsPerTarget,
+		IdleTimeout: allowed.IdleTimeout,
+		MaxDuration: allowed.MaxDuration,
+	}
+	if subresource == "log" {
+		limits.IdleTimeout = 0 // to wait for lines is what it is for
+	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		info := session.Info{
-			Namespace:   target.Namespace,
-			Target:      target.Name,
-			TargetUID:   target.UID,
+			Class:       to.class.Name,
+			Namespace:   to.target.Namespace,
+			Target:      to.target.Name,
+			TargetUID:   to.target.UID,
 			Instance:    instance,
 			Subresource: subresource,
 			Protocol:    protocolOf(r),
@@ -122,7 +150,7 @@ func (c *connector) stream(responder rest.Responder, target *v1.Target, instance
 		if user, ok := request.UserFrom(r.Context()); ok {
 			info.User = user.GetName()
 		}
-		ctx, s, err := c.opts.Sessions.Start(r.Context(), info)
+		ctx, s, err := c.opts.Sessions.Start(r.Context(), info, limits)
 		if err != nil {
 			responder.Error(err)
 			return
@@ -188,12 +216,21 @@ func protocolOf(r *http.Request) string {
 }
 
 // open reaches an instance through its driver.
-func (c *connector) open(ctx context.Context, target *v1.Target, instance string) (driver.Conn, error) {
-	d, err := c.opts.Drivers(target)
+func (c *connector) open(ctx context.Context, to *access, instance string) (driver.Conn, error) {
+	d, err := c.opts.Drivers(to.target)
 	if err != nil {
 		return nil, err
 	}
-	return d.Open(ctx, driver.Request{Target: target, Instance: instance, Dial: c.opts.Dial})
+	dial := c.opts.Dial
+	if !to.target.Spec.Hosted() {
+		// Who wrote the target chose its endpoints.
+		services, err := c.opts.ServiceRanges()
+		if err != nil {
+			return nil, driver.Errorf(driver.Unavailable, "which addresses are the cluster's services isn't known yet: %w", err)
+		}
+		dial = policy.NewDialer(policy.NewAddresses(to.class, services), policy.DialerOptions{}).DialContext
+	}
+	return d.Open(ctx, driver.Request{Target: to.target, Instance: instance, Dial: dial})
 }
 
 // ability finds what a connection can do beyond being closed. It is the one
@@ -206,11 +243,19 @@ func ability[T any](conn driver.Conn, target *v1.Target, subresource string) (T,
 	return able, nil
 }
 
-// statusError maps a driver's error to the status that the client gets. Others
+// statusError maps a driver's or the policy's error to the status that the client gets. Others
 // pass as they are.
 func statusError(err error) error {
 	if err == nil {
 		return nil
+	}
+	if denied, ok := errors.AsType[*policy.DeniedError](err); ok {
+		return &apierrors.StatusError{ErrStatus: metav1.Status{
+			Status:  metav1.StatusFailure,
+			Code:    http.StatusForbidden,
+			Reason:  metav1.StatusReasonForbidden,
+			Message: denied.Error(),
+		}}
 	}
 	switch driver.KindOf(err) {
 	case driver.Invalid, driver.Unsupported:

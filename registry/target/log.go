@@ -71,23 +71,23 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 	if err != nil {
 		return nil, err
 	}
-	target, err := r.target(ctx, name)
+	to, err := r.access(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 
 	var instance string
 	if !opts.AllInstances {
-		if instance, err = pick(target, opts.Instance, true); err != nil {
+		if instance, err = pick(to.target, opts.Instance, true); err != nil {
 			return nil, err
 		}
 	}
-	return r.stream(responder, target, instance, "log", func(w http.ResponseWriter, req *http.Request, s *session.Session) error {
-		logs := &logStream{connector: r.connector, watch: r.watch, target: target, selected: selected}
+	return r.stream(responder, to, instance, "log", func(w http.ResponseWriter, req *http.Request, s *session.Session) error {
+		logs := &logStream{connector: r.connector, watch: r.watch, to: to, selected: selected}
 		defer logs.close()
 		names := []string{instance}
 		if opts.AllInstances {
-			names = instances(target)
+			names = instances(to.target)
 		}
 		// With all instances, those of the log so far are merged by time first,
 		// and followed afterwards.
@@ -143,7 +143,7 @@ func driverOptions(opts *v1.TargetLogOptions, c clock.PassiveClock) (driver.LogO
 type logStream struct {
 	*connector
 	watch    func(ctx context.Context, options *internalversion.ListOptions) (watch.Interface, error)
-	target   *v1.Target
+	to       *access
 	selected driver.LogOptions
 	sources  []*logSource
 }
@@ -185,11 +185,11 @@ func (l *logStream) open(ctx context.Context, instance string, selected driver.L
 }
 
 func (l *logStream) reopen(ctx context.Context, source *logSource, selected driver.LogOptions) error {
-	conn, err := l.connector.open(ctx, l.target, source.instance)
+	conn, err := l.connector.open(ctx, l.to, source.instance)
 	if err != nil {
 		return err
 	}
-	logger, err := ability[driver.Logger](conn, l.target, "log")
+	logger, err := ability[driver.Logger](conn, l.to.target, "log")
 	if err != nil {
 		conn.Close()
 		return err
@@ -348,7 +348,7 @@ func (l *logStream) followAll(ctx context.Context, out io.Writer, format *format
 			return nil
 		}
 
-		target := l.target
+		target := l.to.target
 		for {
 			select {
 			case target = <-states:
@@ -384,10 +384,10 @@ func (l *logStream) observe(ctx context.Context, states chan<- *v1.Target) error
 		}
 	}
 	// The watch goes by the namespace in its context.
-	ctx = request.WithNamespace(ctx, l.target.Namespace)
+	ctx = request.WithNamespace(ctx, l.to.target.Namespace)
 	for ctx.Err() == nil {
 		watcher, err := l.watch(ctx, &internalversion.ListOptions{
-			FieldSelector: fields.OneTermEqualSelector("metadata.name", l.target.Name),
+			FieldSelector: fields.OneTermEqualSelector("metadata.name", l.to.target.Name),
 		})
 		if err != nil {
 			return err
@@ -400,7 +400,7 @@ func (l *logStream) observe(ctx context.Context, states chan<- *v1.Target) error
 					watcher.Stop()
 					return err
 				}
-				if event.Type == watch.Deleted || target.UID != l.target.UID {
+				if event.Type == watch.Deleted || target.UID != l.to.target.UID {
 					watcher.Stop()
 					send(nil)
 					return nil

@@ -2,19 +2,15 @@ package target
 
 import (
 	"context"
-	"fmt"
 	"net/http"
-	"slices"
-	"strings"
 
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apiserver/pkg/registry/rest"
 
-	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/apis/streaming/validation"
 	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/policy"
 	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/streaming"
 )
@@ -49,36 +45,36 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 	if err := authorizeCreate(ctx, r.opts.Authorizer); err != nil {
 		return nil, err
 	}
-	target, err := r.target(ctx, name)
+	to, err := r.access(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	instance, err := pick(target, opts.Instance, false)
+	instance, err := pick(to.target, opts.Instance, false)
 	if err != nil {
 		return nil, err
 	}
 	var request streaming.PortForwardRequest
 	for _, port := range opts.Ports {
 		// Ports that are named beforehand are refused beforehand.
-		if err := r.allowPort(target, uint16(port)); err != nil {
+		if err := to.allowPort(uint16(port)); err != nil {
 			return nil, err
 		}
 		request.Ports = append(request.Ports, uint16(port))
 	}
-	return r.stream(responder, target, instance, "portforward", func(w http.ResponseWriter, req *http.Request, s *session.Session) error {
-		conn, err := r.open(req.Context(), target, instance)
+	return r.stream(responder, to, instance, "portforward", func(w http.ResponseWriter, req *http.Request, s *session.Session) error {
+		conn, err := r.open(req.Context(), to, instance)
 		if err != nil {
 			responder.Error(statusError(err))
 			return err
 		}
 		defer conn.Close()
-		dialer, err := ability[driver.PortDialer](conn, target, "portforward")
+		dialer, err := ability[driver.PortDialer](conn, to.target, "portforward")
 		if err != nil {
 			responder.Error(statusError(err))
 			return err
 		}
 		return streaming.ServePortForward(w, req, request, r.opts.Streaming, func(ctx context.Context, port uint16) (streaming.PortStream, error) {
-			if err := r.allowPort(target, port); err != nil {
+			if err := to.allowPort(port); err != nil {
 				return nil, err
 			}
 			stream, err := dialer.DialPort(ctx, port)
@@ -92,19 +88,6 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 
 // allowPort says whether a port may be forwarded. It is asked as each stream
 // opens, because over SPDY the ports come after the upgrade.
-func (c *connector) allowPort(target *v1.Target, port uint16) error {
-	tcp := func(p v1.TargetPort) bool {
-		return p.Port == int32(port) && p.Protocol == v1.ProtocolTCP
-	}
-	if c.opts.OpenPorts || slices.ContainsFunc(target.Spec.Ports, tcp) {
-		return nil
-	}
-	var open []string
-	for _, p := range target.Spec.Ports {
-		if p.Protocol == v1.ProtocolTCP {
-			open = append(open, fmt.Sprintf("%s (%d)", p.Name, p.Port))
-		}
-	}
-	return apierrors.NewForbidden(api.Resource("targets/portforward"), target.Name,
-		fmt.Errorf("port %d is not among the TCP ports in its spec: %s", port, orNone(strings.Join(open, ", "))))
+func (a *access) allowPort(port uint16) error {
+	return statusError(policy.AllowPort(a.class, a.target, port, v1.ProtocolTCP))
 }

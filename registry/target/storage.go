@@ -9,6 +9,7 @@ package target
 
 import (
 	"context"
+	"net/netip"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
@@ -16,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
+	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/registry/generic"
 	genericregistry "k8s.io/apiserver/pkg/registry/generic/registry"
 	"k8s.io/apiserver/pkg/registry/rest"
@@ -26,12 +28,13 @@ import (
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/policy"
 	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/streaming"
 )
 
-// Options is what the storage of targets needs beside a place to keep them.
-type Options struct {
+// StoreOptions says which targets are kept.
+type StoreOptions struct {
 	// DefaultAgent is filled in as spec.agentName of hosted targets that name
 	// none; "" leaves it to the user.
 	DefaultAgent string
@@ -39,12 +42,38 @@ type Options struct {
 	Sources sets.Set[string]
 	// Agents are the only agents that targets may name; nil allows any.
 	Agents sets.Set[string]
+}
+
+// Store keeps targets.
+type Store struct {
+	*genericregistry.Store
+	strategy strategy
+}
+
+// Target returns a target as it is stored, in the version that everything
+// beyond the registry uses.
+func (s *Store) Target(ctx context.Context, namespace, name string) (*v1.Target, error) {
+	obj, err := s.Get(request.WithNamespace(ctx, namespace), name, &metav1.GetOptions{})
+	if err != nil {
+		return nil, err
+	}
+	return toV1(obj.(*api.Target))
+}
+
+// Options is what the REST surface of targets needs beside their store.
+type Options struct {
 	// Drivers finds the driver of a target. Its errors are a driver's.
 	Drivers func(*v1.Target) (driver.Driver, error)
-	// Dial is what drivers reach the network with.
+	// Classes finds the classes of targets.
+	Classes policy.Classes
+	// Limits bound sessions where a target's class doesn't say.
+	Limits policy.Limits
+	// Dial is what drivers of hosted sources reach their instances with. The
+	// endpoints of others are dialled as the class allows.
 	Dial driver.DialFunc
-	// OpenPorts lets ports be forwarded that the target doesn't list.
-	OpenPorts bool
+	// ServiceRanges are the cluster's, where targets have no endpoints unless
+	// their class opens them. It fails while they aren't known.
+	ServiceRanges func() ([]netip.Prefix, error)
 	// Sessions knows who is connected.
 	Sessions *session.Manager
 	// Streaming bounds upgraded connections.
@@ -64,8 +93,8 @@ type Storage struct {
 	PortForward *PortForwardREST
 }
 
-// NewStorage builds the storage of targets on a generic store.
-func NewStorage(scheme *runtime.Scheme, optsGetter generic.RESTOptionsGetter, opts Options) (*Storage, error) {
+// NewStore opens the store of targets.
+func NewStore(scheme *runtime.Scheme, optsGetter generic.RESTOptionsGetter, opts StoreOptions) (*Store, error) {
 	strategy := newStrategy(scheme, opts)
 	store := &genericregistry.Store{
 		NewFunc:                   func() runtime.Object { return &api.Target{} },
@@ -92,22 +121,26 @@ func NewStorage(scheme *runtime.Scheme, optsGetter generic.RESTOptionsGetter, op
 	if err != nil {
 		return nil, err
 	}
+	return &Store{store, strategy}, nil
+}
 
-	statusStore := *store
-	statusStrategy := statusStrategy{strategy}
+// NewStorage builds the REST surface of targets on their store.
+func NewStorage(store *Store, opts Options) *Storage {
+	statusStore := *store.Store
+	statusStrategy := statusStrategy{store.strategy}
 	statusStore.UpdateStrategy = statusStrategy
 	statusStore.ResetFieldsStrategy = statusStrategy
 
 	connector := &connector{targets: store, opts: opts}
 	return &Storage{
-		Target:      &REST{Store: store},
+		Target:      &REST{Store: store.Store},
 		Status:      &StatusREST{store: &statusStore},
-		Scale:       &ScaleREST{store: store},
+		Scale:       &ScaleREST{store: store.Store},
 		Log:         &LogREST{connector: connector, watch: store.Watch},
 		Exec:        &ExecREST{connector},
 		Attach:      &AttachREST{connector},
 		PortForward: &PortForwardREST{connector},
-	}, nil
+	}
 }
 
 // Map returns the storage by the names under which it is installed. logs and

@@ -37,7 +37,7 @@ var (
 	_ rest.RESTGracefulDeleteStrategy = strategy{}
 )
 
-func newStrategy(typer runtime.ObjectTyper, opts Options) strategy {
+func newStrategy(typer runtime.ObjectTyper, opts StoreOptions) strategy {
 	return strategy{typer, names.SimpleNameGenerator, opts.DefaultAgent, opts.Sources, opts.Agents}
 }
 

@@ -1,0 +1,63 @@
+package targetclass
+
+import (
+	"context"
+
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+	"k8s.io/apiserver/pkg/registry/rest"
+	"k8s.io/apiserver/pkg/storage/names"
+
+	api "aaserver.io/aaserver/apis/streaming"
+	"aaserver.io/aaserver/apis/streaming/validation"
+)
+
+// strategy is how classes are created, updated and deleted.
+type strategy struct {
+	runtime.ObjectTyper
+	names.NameGenerator
+}
+
+var (
+	_ rest.RESTCreateStrategy = strategy{}
+	_ rest.RESTUpdateStrategy = strategy{}
+	_ rest.RESTDeleteStrategy = strategy{}
+)
+
+func newStrategy(typer runtime.ObjectTyper) strategy {
+	return strategy{typer, names.SimpleNameGenerator}
+}
+
+func (strategy) NamespaceScoped() bool { return false }
+
+func (strategy) PrepareForCreate(_ context.Context, obj runtime.Object) {
+	obj.(*api.TargetClass).Generation = 1
+}
+
+func (strategy) Validate(_ context.Context, obj runtime.Object) field.ErrorList {
+	return validation.ValidateTargetClass(obj.(*api.TargetClass))
+}
+
+func (strategy) WarningsOnCreate(context.Context, runtime.Object) []string { return nil }
+
+func (strategy) Canonicalize(runtime.Object) {}
+
+func (strategy) AllowCreateOnUpdate(context.Context) bool { return false }
+
+func (strategy) AllowUnconditionalUpdate(context.Context) bool { return true }
+
+func (strategy) PrepareForUpdate(_ context.Context, obj, old runtime.Object) {
+	class, oldClass := obj.(*api.TargetClass), old.(*api.TargetClass)
+	if !apiequality.Semantic.DeepEqual(class.Spec, oldClass.Spec) {
+		class.Generation = oldClass.Generation + 1
+	}
+}
+
+func (strategy) ValidateUpdate(_ context.Context, obj, old runtime.Object) field.ErrorList {
+	return validation.ValidateTargetClassUpdate(obj.(*api.TargetClass), old.(*api.TargetClass))
+}
+
+func (strategy) WarningsOnUpdate(context.Context, runtime.Object, runtime.Object) []string {
+	return nil
+}
