@@ -41,7 +41,7 @@ var layers = []layer{
 		reason: "streaming is a library for other servers too"},
 	{packages: "internal/server", may: []string{"..."},
 		reason: "the server is assembled from everything that serves"},
-	{packages: "internal/admission", may: []string{"apis/...", "internal/policy"},
+	{packages: "internal/admission/...", may: []string{"apis/...", "internal/admission/...", "internal/policy"},
 		reason: "admission judges objects: it knows the API and its policy, and nothing that carries it out"},
 	{packages: "internal/policy", may: []string{"apis/streaming/v1"}, never: []string{"k8s.io/apiserver"},
 		reason: "what a class allows follows from the class: whoever enforces it, on a server or not, judges alike"},

@@ -80,9 +80,9 @@ func NewServeOptions() *ServeOptions {
 	o.Recommended.SecureServing.ServerCert.CertDirectory = ""
 	o.ServerRun.ShutdownWatchTerminationGracePeriod = o.DrainTimeout
 	aaadmission.Register(o.Recommended.Admission.Plugins)
-	o.Recommended.Admission.RecommendedPluginOrder = append(o.Recommended.Admission.RecommendedPluginOrder, aaadmission.Order()...)
+	o.Recommended.Admission.RecommendedPluginOrder = aaadmission.Order(o.Recommended.Admission.RecommendedPluginOrder)
 	o.Recommended.ExtraAdmissionInitializers = func(*genericapiserver.RecommendedConfig) ([]admission.PluginInitializer, error) {
-		return []admission.PluginInitializer{aaadmission.NewInitializer()}, nil
+		return []admission.PluginInitializer{aaadmission.NewInitializer(aaadmission.Options{})}, nil
 	}
 	return o
 }

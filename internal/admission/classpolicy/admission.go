@@ -1,0 +1,200 @@
+// Package classpolicy is the admission plugin that holds targets to their
+// class: when they are created or changed, and whenever somebody connects.
+package classpolicy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/netip"
+	"strings"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+	"k8s.io/apiserver/pkg/admission"
+	"k8s.io/apiserver/pkg/admission/initializer"
+	"k8s.io/apiserver/pkg/authorization/authorizer"
+
+	api "aaserver.io/aaserver/apis/streaming"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/internal/admission/plugin"
+	"aaserver.io/aaserver/internal/policy"
+)
+
+// PluginName is the plugin's name in --enable-admission-plugins.
+const PluginName = "TargetClassPolicy"
+
+// Register adds the plugin.
+func Register(plugins *admission.Plugins) {
+	plugins.Register(PluginName, func(io.Reader) (admission.Interface, error) {
+		return &classPolicy{Handler: admission.NewHandler(admission.Create, admission.Update, admission.Connect)}, nil
+	})
+}
+
+type classPolicy struct {
+	*admission.Handler
+	classes    plugin.Classes
+	targets    plugin.Targets
+	services   []netip.Prefix
+	authorizer authorizer.UnconditionalAuthorizer
+}
+
+var (
+	_ admission.ValidationInterface            = (*classPolicy)(nil)
+	_ plugin.WantsClasses                      = (*classPolicy)(nil)
+	_ plugin.WantsTargets                      = (*classPolicy)(nil)
+	_ plugin.WantsServices                     = (*classPolicy)(nil)
+	_ initializer.WantsUnconditionalAuthorizer = (*classPolicy)(nil)
+)
+
+// SetClasses implements plugin.WantsClasses.
+func (p *classPolicy) SetClasses(classes plugin.Classes) { p.classes = classes }
+
+// SetTargets implements plugin.WantsTargets.
+func (p *classPolicy) SetTargets(targets plugin.Targets) { p.targets = targets }
+
+// SetServices implements plugin.WantsServices.
+func (p *classPolicy) SetServices(services []netip.Prefix) { p.services = services }
+
+// SetUnconditionalAuthorizer implements
+// initializer.WantsUnconditionalAuthorizer.
+func (p *classPolicy) SetUnconditionalAuthorizer(a authorizer.UnconditionalAuthorizer) {
+	p.authorizer = a
+}
+
+// ValidateInitialization implements admission.InitializationValidator.
+func (p *classPolicy) ValidateInitialization() error {
+	switch {
+	case p.classes == nil:
+		return errors.New("it has nowhere to read TargetClasses")
+	case p.targets == nil:
+		return errors.New("it has nowhere to read targets")
+	case p.authorizer == nil:
+		return errors.New("it has no authorizer to ask")
+	}
+	return nil
+}
+
+// Validate implements admission.ValidationInterface.
+func (p *classPolicy) Validate(ctx context.Context, a admission.Attributes, _ admission.ObjectInterfaces) error {
+	switch {
+	case !plugin.Concerns(a):
+		return nil
+	case a.GetOperation() == admission.Connect:
+		return p.connect(ctx, a)
+	}
+	return p.write(ctx, a)
+}
+
+// write judges a target that is created or changed. What was wrong before and
+// is as it was isn't refused, but whoever changes a target must be allowed to
+// use its class, even if it was somebody else who named it.
+func (p *classPolicy) write(ctx context.Context, a admission.Attributes) error {
+	hub, oldHub, err := plugin.Objects(a)
+	if err != nil || !plugin.Matters(hub, oldHub) {
+		return err
+	}
+	target, err := toV1(hub)
+	if err != nil {
+		return err
+	}
+	opts := policy.CheckOptions{Services: p.services}
+	if oldHub != nil {
+		if opts.Old, err = toV1(oldHub); err != nil {
+			return err
+		}
+	}
+	class, err := p.classOf(ctx, a, target)
+	if err != nil {
+		return err
+	}
+	if err := plugin.Authorize(ctx, p.authorizer, a, authorizer.AttributesRecord{
+		Verb:       "use",
+		APIGroup:   v1.GroupName,
+		APIVersion: v1.SchemeGroupVersion.Version,
+		Resource:   "targetclasses",
+		Name:       class.Name,
+	}, "name a class in spec.className that you may use, or have the verb use on this one granted to you"); err != nil {
+		return err
+	}
+	return violations(a, class, policy.Check(class, target, opts))
+}
+
+// connect judges a connection by the class as it is now. Which of the target's
+// ports may be forwarded is asked for each port by itself: one that the class
+// doesn't open any more is no reason to refuse another, or a log.
+func (p *classPolicy) connect(ctx context.Context, a admission.Attributes) error {
+	found, err := p.targets.Target(ctx, a.GetNamespace(), a.GetName())
+	switch {
+	case apierrors.IsNotFound(err):
+		return nil // the registry says so
+	case err != nil:
+		return plugin.Unreadable("the target", err)
+	}
+	class, err := p.classOf(ctx, a, found)
+	if err != nil {
+		return err
+	}
+	target := *found
+	target.Spec.Ports = nil
+	if err := violations(a, class, policy.Check(class, &target, policy.CheckOptions{Services: p.services})); err != nil {
+		return err
+	}
+	opts, ok := a.GetObject().(*v1.TargetPortForwardOptions)
+	if !ok {
+		return nil
+	}
+	for _, port := range opts.Ports {
+		if port < 1 || port > 65535 {
+			continue // the registry says what is wrong with it
+		}
+		if err := policy.AllowPort(class, found, uint16(port), v1.ProtocolTCP); err != nil {
+			return plugin.Forbidden(a, "%v", err)
+		}
+	}
+	return nil
+}
+
+// classOf returns the class that governs a target. Without one, nothing goes.
+func (p *classPolicy) classOf(ctx context.Context, a admission.Attributes, target *v1.Target) (*v1.TargetClass, error) {
+	name := target.Spec.ClassName
+	if name == "" {
+		class, err := p.classes.DefaultClass(ctx)
+		switch {
+		case err != nil:
+			return nil, plugin.Unreadable("the default TargetClass", err)
+		case class == nil:
+			return nil, plugin.Forbidden(a, "it names no TargetClass, and there is no default one: set spec.className, or annotate a TargetClass with %s=true", v1.AnnotationDefaultClass)
+		}
+		return class, nil
+	}
+	class, err := p.classes.Class(ctx, name)
+	switch {
+	case apierrors.IsNotFound(err):
+		return nil, plugin.Forbidden(a, "its TargetClass %q doesn't exist: create it, or name another in spec.className", name)
+	case err != nil:
+		return nil, plugin.Unreadable("the TargetClass", err)
+	}
+	return class, nil
+}
+
+// violations refuses a request if there are any, in one message that lists
+// them.
+func violations(a admission.Attributes, class *v1.TargetClass, errs field.ErrorList) error {
+	if len(errs) == 0 {
+		return nil
+	}
+	var texts []string
+	for _, err := range errs {
+		texts = append(texts, err.Field+": "+err.Detail)
+	}
+	return plugin.Forbidden(a, "it violates its TargetClass: %s", strings.Join(texts, "; "))
+}
+
+func toV1(hub *api.Target) (*v1.Target, error) {
+	target := &v1.Target{}
+	if err := v1.Convert_streaming_Target_To_v1_Target(hub, target, nil); err != nil {
+		return nil, apierrors.NewInternalError(err)
+	}
+	return target, nil
+}

@@ -1,0 +1,64 @@
+// Package defaultclass is the admission plugin that fills in the class of new
+// targets that name none.
+package defaultclass
+
+import (
+	"context"
+	"errors"
+	"io"
+
+	"k8s.io/apiserver/pkg/admission"
+
+	"aaserver.io/aaserver/internal/admission/plugin"
+)
+
+// PluginName is the plugin's name in --enable-admission-plugins.
+const PluginName = "DefaultTargetClass"
+
+// Register adds the plugin.
+func Register(plugins *admission.Plugins) {
+	plugins.Register(PluginName, func(io.Reader) (admission.Interface, error) {
+		return &defaultClass{Handler: admission.NewHandler(admission.Create)}, nil
+	})
+}
+
+type defaultClass struct {
+	*admission.Handler
+	classes plugin.Classes
+}
+
+var (
+	_ admission.MutationInterface = (*defaultClass)(nil)
+	_ plugin.WantsClasses         = (*defaultClass)(nil)
+)
+
+// SetClasses implements plugin.WantsClasses.
+func (d *defaultClass) SetClasses(classes plugin.Classes) { d.classes = classes }
+
+// ValidateInitialization implements admission.InitializationValidator.
+func (d *defaultClass) ValidateInitialization() error {
+	if d.classes == nil {
+		return errors.New("it has nowhere to read TargetClasses")
+	}
+	return nil
+}
+
+// Admit fills in the default class, if there is one. A class that an update
+// leaves out isn't its business: the registry keeps the one that the target has.
+func (d *defaultClass) Admit(ctx context.Context, a admission.Attributes, _ admission.ObjectInterfaces) error {
+	if !plugin.Concerns(a) {
+		return nil
+	}
+	target, _, err := plugin.Objects(a)
+	if err != nil || target.Spec.ClassName != "" {
+		return err
+	}
+	class, err := d.classes.DefaultClass(ctx)
+	if err != nil {
+		return plugin.Unreadable("the default TargetClass", err)
+	}
+	if class != nil {
+		target.Spec.ClassName = class.Name
+	}
+	return nil
+}

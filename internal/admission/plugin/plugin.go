@@ -1,0 +1,171 @@
+// Package plugin is what the admission plugins have in common: what they are
+// initialised with, which requests concern them, which changes of a target
+// matter to them, and how they refuse.
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apiserver/pkg/admission"
+	"k8s.io/apiserver/pkg/authorization/authorizer"
+
+	api "aaserver.io/aaserver/apis/streaming"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
+)
+
+// Classes is where classes are read. A read must see every write that ended
+// before it: with a cache that lags behind, a class that was just narrowed
+// would still be used.
+type Classes interface {
+	// Class returns a class. Its error is a NotFound API error if there is no
+	// such class.
+	Class(ctx context.Context, name string) (*v1.TargetClass, error)
+	// DefaultClass returns the class of targets that name none, nil if there
+	// is none.
+	DefaultClass(ctx context.Context) (*v1.TargetClass, error)
+}
+
+// Targets is where targets are read, with the same promise as Classes.
+type Targets interface {
+	// Target returns a target. Its error is a NotFound API error if there is
+	// no such target.
+	Target(ctx context.Context, namespace, name string) (*v1.Target, error)
+}
+
+// WantsClasses is a plugin that reads classes.
+type WantsClasses interface {
+	SetClasses(Classes)
+	admission.InitializationValidator
+}
+
+// WantsTargets is a plugin that reads targets.
+type WantsTargets interface {
+	SetTargets(Targets)
+	admission.InitializationValidator
+}
+
+// WantsServices is a plugin that judges addresses, for which it has to know the
+// cluster's service ranges. There may be none.
+type WantsServices interface {
+	SetServices([]netip.Prefix)
+	admission.InitializationValidator
+}
+
+// Concerns says whether a request is for a target as a whole, or connects to
+// one. The status and scale subresources change nothing that a plugin judges.
+func Concerns(a admission.Attributes) bool {
+	return a.GetResource().GroupResource() == api.Resource("targets") &&
+		(a.GetSubresource() != "") == (a.GetOperation() == admission.Connect)
+}
+
+// Objects returns the target that a request creates or updates, and what it was
+// before; nil if it is created.
+func Objects(a admission.Attributes) (target, old *api.Target, err error) {
+	if target, err = object(a.GetObject()); err != nil {
+		return nil, nil, err
+	}
+	if a.GetOperation() == admission.Create {
+		return target, nil, nil
+	}
+	old, err = object(a.GetOldObject())
+	return target, old, err
+}
+
+func object(obj runtime.Object) (*api.Target, error) {
+	target, ok := obj.(*api.Target)
+	if !ok {
+		return nil, apierrors.NewInternalError(fmt.Errorf("admission of a target was asked about a %T", obj))
+	}
+	return target, nil
+}
+
+// Matters says whether a request makes a target, or changes what of it a class
+// or a Secret's owner have a say in: everything in the spec but how many
+// instances there are, and when they are started again and killed. Whatever
+// else changes, and an agent takes its finalizer off long after the class is
+// gone, must go through.
+func Matters(target, old *api.Target) bool {
+	if old == nil {
+		return true
+	}
+	a, b := target.Spec, old.Spec
+	for _, spec := range []*api.TargetSpec{&a, &b} {
+		spec.Replicas, spec.RestartPolicy, spec.TerminationGracePeriodSeconds = nil, "", nil
+	}
+	return !apiequality.Semantic.DeepEqual(a, b)
+}
+
+const (
+	// maxMessage bounds what a refusal says, in bytes.
+	maxMessage = 4 << 10
+	// maxConnectMessage is the same where a connection is refused: clients of
+	// WebSockets keep 1 KiB of the Status that answers a failed upgrade.
+	maxConnectMessage = 600
+	// maxWord bounds what comes from elsewhere (the name of a user, an
+	// authorizer's reason) within a message, in bytes.
+	maxWord = 256
+)
+
+// Forbidden refuses a request, in a message of bounded length.
+func Forbidden(a admission.Attributes, format string, args ...any) error {
+	limit := maxMessage
+	if a.GetOperation() == admission.Connect {
+		limit = maxConnectMessage
+	}
+	return admission.NewForbidden(a, errors.New(clip(fmt.Sprintf(format, args...), limit)))
+}
+
+// Unreadable is the answer where something couldn't be read that a decision
+// needs: a status stays what it is, so that clients know what may be tried
+// again.
+func Unreadable(what string, err error) error {
+	if _, ok := err.(apierrors.APIStatus); ok {
+		return err
+	}
+	return apierrors.NewInternalError(errors.New(clip(fmt.Sprintf("reading %s: %v", what, err), maxConnectMessage)))
+}
+
+// Authorize demands that the user of a request may do something beyond the
+// request itself. Of the attributes, verb, resource and name are given. toDo
+// says what to do about a refusal.
+func Authorize(ctx context.Context, authz authorizer.UnconditionalAuthorizer, a admission.Attributes, want authorizer.AttributesRecord, toDo string) error {
+	name := ""
+	if want.User = a.GetUserInfo(); want.User != nil {
+		name = want.User.GetName()
+	}
+	want.ResourceRequest = true
+	decision, reason, err := authz.Authorize(ctx, want)
+	may := fmt.Sprintf("%s the %s %q", want.Verb, describe(want), want.Name)
+	switch {
+	case err != nil:
+		return apierrors.NewInternalError(errors.New(clip(fmt.Sprintf("asking whether user %q may %s: %v", clip(name, maxWord), may, err), maxMessage)))
+	case decision == authorizer.DecisionAllow:
+		return nil
+	}
+	if reason != "" {
+		reason = " (" + clip(reason, maxWord) + ")"
+	}
+	return Forbidden(a, "user %q may not %s%s: %s", clip(name, maxWord), may, reason, toDo)
+}
+
+func describe(want authorizer.AttributesRecord) string {
+	text := want.Resource
+	if want.APIGroup != "" {
+		text += "." + want.APIGroup
+	}
+	return text
+}
+
+func clip(text string, length int) string {
+	if len(text) <= length {
+		return text
+	}
+	return strings.ToValidUTF8(text[:length], "") + "…"
+}
