@@ -25,6 +25,7 @@ import (
 	"aaserver.io/aaserver/internal/admission/defaultclass"
 	"aaserver.io/aaserver/internal/admission/plugin"
 	"aaserver.io/aaserver/internal/admission/secretaccess"
+	"aaserver.io/aaserver/internal/policy"
 )
 
 // Register adds the plugins.
@@ -54,10 +55,10 @@ func Order(recommended []string) []string {
 // Options is what the plugins want beyond clients, informers and an authorizer.
 type Options struct {
 	// Classes and Targets are where the plugins read.
-	Classes plugin.Classes
+	Classes policy.Classes
 	Targets plugin.Targets
-	// Services are the cluster's service ranges.
-	Services []netip.Prefix
+	// Services finds the cluster's service ranges.
+	Services func() ([]netip.Prefix, error)
 }
 
 // NewInitializer returns what gives the plugins what they want of Options.

@@ -15,6 +15,7 @@ import (
 	"k8s.io/apiserver/pkg/storage/storagebackend"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/internal/policy"
 	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
@@ -88,6 +89,8 @@ func failed(what string, err error) error {
 type StreamOptions struct {
 	// MaxSessions is how many streams may be open at once.
 	MaxSessions int
+	// Limits bound sessions where a target's class doesn't say.
+	Limits policy.Limits
 	// DrainTimeout bounds how long open streams may take to end at shutdown.
 	DrainTimeout time.Duration
 	// StopTimeout bounds how long processes may take to end at shutdown, where
@@ -105,6 +108,10 @@ func newStreamOptions() StreamOptions {
 
 func (o *StreamOptions) addFlags(flags *pflag.FlagSet) {
 	flags.IntVar(&o.MaxSessions, "max-sessions", o.MaxSessions, "How many logs, execs, attaches and port-forwards may be open at once on this server.")
+	flags.IntVar(&o.Limits.SessionsPerUser, "max-sessions-per-user", o.Limits.SessionsPerUser, "How many of them one user may have open at once on targets of one class, where the class doesn't say; 0 for as many as the server may have.")
+	flags.IntVar(&o.Limits.SessionsPerTarget, "max-sessions-per-target", o.Limits.SessionsPerTarget, "How many of them may be open at once on one target, where its class doesn't say; 0 for as many as the server may have.")
+	flags.DurationVar(&o.Limits.IdleTimeout, "session-idle-timeout", o.Limits.IdleTimeout, "How long an exec, attach or port-forward may go without a byte either way, where the target's class doesn't say; 0 for ever.")
+	flags.DurationVar(&o.Limits.MaxDuration, "session-max-duration", o.Limits.MaxDuration, "How long a log, exec, attach or port-forward may last, where the target's class doesn't say; 0 for ever.")
 	flags.DurationVar(&o.DrainTimeout, "drain-timeout", o.DrainTimeout, "How long open streams may take to end when the server shuts down.")
 	flags.DurationVar(&o.StopTimeout, "stop-timeout", o.StopTimeout, "How long processes may take to end when the server shuts down, where the grace periods of their targets are longer.")
 }
@@ -113,6 +120,18 @@ func (o *StreamOptions) validate() []error {
 	var errs []error
 	if o.MaxSessions < 1 {
 		errs = append(errs, fmt.Errorf("--max-sessions %d must be at least 1", o.MaxSessions))
+	}
+	if o.Limits.SessionsPerUser < 0 {
+		errs = append(errs, fmt.Errorf("--max-sessions-per-user %d must not be negative", o.Limits.SessionsPerUser))
+	}
+	if o.Limits.SessionsPerTarget < 0 {
+		errs = append(errs, fmt.Errorf("--max-sessions-per-target %d must not be negative", o.Limits.SessionsPerTarget))
+	}
+	if o.Limits.IdleTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--session-idle-timeout %s must not be negative", o.Limits.IdleTimeout))
+	}
+	if o.Limits.MaxDuration < 0 {
+		errs = append(errs, fmt.Errorf("--session-max-duration %s must not be negative", o.Limits.MaxDuration))
 	}
 	if o.DrainTimeout < 0 {
 		errs = append(errs, fmt.Errorf("--drain-timeout %s must not be negative", o.DrainTimeout))

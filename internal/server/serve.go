@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	utilerrors "k8s.io/apimachinery/pkg/util/errors"
 	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -25,6 +27,7 @@ import (
 	"k8s.io/apiserver/pkg/server/healthz"
 	genericoptions "k8s.io/apiserver/pkg/server/options"
 	utilfeature "k8s.io/apiserver/pkg/util/feature"
+	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -57,6 +60,9 @@ type ServeOptions struct {
 	// LeaseNamespace is where the embedded agent's Lease is; where the server
 	// itself runs if empty.
 	LeaseNamespace string
+	// ServiceRanges are the CIDRs of the cluster's services; those that the
+	// main API tells if empty.
+	ServiceRanges []string
 	// AllowedOrigins are the origins that browsers may connect from, beside
 	// the server's own.
 	AllowedOrigins []string
@@ -93,6 +99,7 @@ func (o *ServeOptions) AddFlags(flags *pflag.FlagSet) {
 	flags.StringVar(&o.DataDir, "data-dir", o.DataDir, "The directory for what the server keeps beside its objects: the logs of an embedded agent's targets, the socket of an SQL storage.")
 	flags.StringVar(&o.EmbeddedAgent, "embedded-agent", o.EmbeddedAgent, "Run an agent of this name in the server. Whoever may write targets that name it then runs commands as the server. Needs --data-dir.")
 	flags.StringVar(&o.LeaseNamespace, "lease-namespace", o.LeaseNamespace, "The namespace of the embedded agent's Lease, by which one of several servers holds it. The namespace that the server runs in if not given.")
+	flags.StringSliceVar(&o.ServiceRanges, "service-cluster-ip-range", o.ServiceRanges, "The CIDRs of the cluster's services, which targets may not have endpoints in unless their class says so. Read from the cluster's ServiceCIDRs if not given; clusters before Kubernetes 1.33 have none.")
 	flags.StringSliceVar(&o.AllowedOrigins, "allowed-origins", o.AllowedOrigins, "The origins, as https://console.example.com, that browsers may connect to streams from. The server's own is always allowed.")
 	o.StreamOptions.addFlags(flags)
 	o.Recommended.AddFlags(flags)
@@ -161,6 +168,9 @@ func (o *ServeOptions) Validate() error {
 	}
 	if o.Recommended.SecureServing.BindPort == 0 {
 		errs = append(errs, errors.New("--secure-port 0: a port is needed, kube-apiserver reaches the server by it"))
+	}
+	if _, err := parsePrefixes(o.ServiceRanges); err != nil {
+		errs = append(errs, fmt.Errorf("--service-cluster-ip-range: %w", err))
 	}
 	errs = append(errs, o.StreamOptions.validate()...)
 	etcd := o.Recommended.Etcd
@@ -257,6 +267,19 @@ func (o *ServeOptions) config() (*Config, error) {
 	if err := setStorageCodec(o.Recommended.Etcd); err != nil {
 		return nil, err
 	}
+	var stores *Stores
+	var services func() ([]netip.Prefix, error)
+	o.Recommended.ExtraAdmissionInitializers = func(generic *genericapiserver.RecommendedConfig) (_ []admission.PluginInitializer, err error) {
+		services = o.serviceRanges(generic.SharedInformerFactory)
+		if stores, err = NewStores(generic.RESTOptionsGetter, target.StoreOptions{Sources: sets.New(v1.SourceProcess)}); err != nil {
+			return nil, err
+		}
+		return []admission.PluginInitializer{aaadmission.NewInitializer(aaadmission.Options{
+			Classes:  stores.Classes,
+			Targets:  stores.Targets,
+			Services: services,
+		})}, nil
+	}
 	port := serving.BindPort // it is forgotten when it can't be bound
 	if err := o.Recommended.ApplyTo(config.Generic); err != nil {
 		return nil, o.explain(err, port)
@@ -272,16 +295,54 @@ func (o *ServeOptions) config() (*Config, error) {
 	}))
 
 	config.Extra = ExtraConfig{
+		Stores:       stores,
 		DrainTimeout: o.DrainTimeout,
 		Target: target.Options{
-			Sources:   sets.New(v1.SourceProcess),
-			Drivers:   noDrivers,
-			Dial:      (&net.Dialer{}).DialContext,
-			Sessions:  o.sessions(),
-			Streaming: streaming.Options{CheckOrigin: checkOrigin(o.AllowedOrigins)},
+			Drivers:       noDrivers,
+			Limits:        o.Limits,
+			Dial:          (&net.Dialer{}).DialContext,
+			ServiceRanges: services,
+			Sessions:      o.sessions(),
+			Streaming:     streaming.Options{CheckOrigin: checkOrigin(o.AllowedOrigins)},
 		},
 	}
 	return config, nil
+}
+
+// serviceRanges finds the ranges of the cluster's services: those that were
+// given, or else those that the main API knows at the time.
+func (o *ServeOptions) serviceRanges(main informers.SharedInformerFactory) func() ([]netip.Prefix, error) {
+	if len(o.ServiceRanges) > 0 {
+		return func() ([]netip.Prefix, error) { return parsePrefixes(o.ServiceRanges) }
+	}
+	known := main.Networking().V1().ServiceCIDRs()
+	synced := known.Informer().HasSynced
+	return func() ([]netip.Prefix, error) {
+		if !synced() {
+			return nil, errors.New("the cluster's ServiceCIDRs haven't been read yet; --service-cluster-ip-range names them to a server that can't read them")
+		}
+		list, err := known.Lister().List(labels.Everything())
+		if err != nil {
+			return nil, err
+		}
+		var ranges []string
+		for _, cidr := range list {
+			ranges = append(ranges, cidr.Spec.CIDRs...)
+		}
+		return parsePrefixes(ranges)
+	}
+}
+
+func parsePrefixes(cidrs []string) ([]netip.Prefix, error) {
+	var prefixes []netip.Prefix
+	for _, cidr := range cidrs {
+		prefix, err := netip.ParsePrefix(cidr)
+		if err != nil {
+			return nil, err
+		}
+		prefixes = append(prefixes, prefix)
+	}
+	return prefixes, nil
 }
 
 // explain adds to an error of the generic server's options what to do about it.

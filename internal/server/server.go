@@ -15,6 +15,7 @@ import (
 	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	openapinamer "k8s.io/apiserver/pkg/endpoints/openapi"
+	"k8s.io/apiserver/pkg/registry/generic"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/component-base/metrics/legacyregistry"
 	"k8s.io/kube-openapi/pkg/common"
@@ -25,6 +26,7 @@ import (
 	"aaserver.io/aaserver/registry/access"
 	"aaserver.io/aaserver/registry/event"
 	"aaserver.io/aaserver/registry/target"
+	"aaserver.io/aaserver/registry/targetclass"
 )
 
 // Config is what a server is made of.
@@ -35,8 +37,10 @@ type Config struct {
 
 // ExtraConfig is what is ours beside the generic server's configuration.
 type ExtraConfig struct {
+	// Stores keep the objects.
+	Stores *Stores
 	// Target configures the resource targets. Its Authorizer is the generic
-	// server's; it needn't be set.
+	// server's, its Classes those of Stores; they needn't be set.
 	Target target.Options
 	// Standalone serves what is otherwise the main API server's and clients rely
 	// on: SelfSubjectAccessReview and Events.
@@ -68,6 +72,26 @@ func openAPIDefinitions(ref common.ReferenceCallback) map[string]common.OpenAPID
 	return definitions
 }
 
+// Stores keep the objects of the group. They are made before the server, since
+// admission reads them.
+type Stores struct {
+	Targets *target.Store
+	Classes *targetclass.REST
+}
+
+// NewStores opens the stores.
+func NewStores(optsGetter generic.RESTOptionsGetter, opts target.StoreOptions) (*Stores, error) {
+	targets, err := target.NewStore(Scheme, optsGetter, opts)
+	if err != nil {
+		return nil, fmt.Errorf("the storage of targets: %w", err)
+	}
+	classes, err := targetclass.NewStorage(Scheme, optsGetter)
+	if err != nil {
+		return nil, fmt.Errorf("the storage of classes: %w", err)
+	}
+	return &Stores{Targets: targets, Classes: classes}, nil
+}
+
 type completedConfig struct {
 	generic genericapiserver.CompletedConfig
 	extra   ExtraConfig
@@ -82,6 +106,7 @@ type CompletedConfig struct {
 func (c *Config) Complete() CompletedConfig {
 	completed := completedConfig{c.Generic.Complete(), c.Extra}
 	completed.extra.Target.Authorizer = c.Generic.Authorization.Authorizer
+	completed.extra.Target.Classes = c.Extra.Stores.Classes
 	return CompletedConfig{&completed}
 }
 
@@ -92,24 +117,22 @@ type Server struct {
 
 // New makes the server, with every resource installed.
 func (c completedConfig) New() (*Server, error) {
-	generic, err := c.generic.New("aaserver", genericapiserver.NewEmptyDelegate())
+	server, err := c.generic.New("aaserver", genericapiserver.NewEmptyDelegate())
 	if err != nil {
 		return nil, err
 	}
-	targets, err := target.NewStorage(Scheme, c.generic.RESTOptionsGetter, c.extra.Target)
-	if err != nil {
-		return nil, fmt.Errorf("the storage of targets: %w", err)
-	}
+	resources := target.NewStorage(c.extra.Stores.Targets, c.extra.Target).Map()
+	resources["targetclasses"] = c.extra.Stores.Classes
 	group := genericapiserver.NewDefaultAPIGroupInfo(v1.GroupName, Scheme, ParameterCodec, Codecs)
-	group.VersionedResourcesStorageMap[v1.SchemeGroupVersion.Version] = targets.Map()
-	if err := generic.InstallAPIGroup(&group); err != nil {
+	group.VersionedResourcesStorageMap[v1.SchemeGroupVersion.Version] = resources
+	if err := server.InstallAPIGroup(&group); err != nil {
 		return nil, err
 	}
 
 	if c.extra.Standalone {
 		group := genericapiserver.NewDefaultAPIGroupInfo(authorizationv1.GroupName, Scheme, ParameterCodec, Codecs)
 		group.VersionedResourcesStorageMap[authorizationv1.SchemeGroupVersion.Version] = access.Storage(c.generic.Authorization.Authorizer)
-		if err := generic.InstallAPIGroup(&group); err != nil {
+		if err := server.InstallAPIGroup(&group); err != nil {
 			return nil, err
 		}
 		events, err := event.Storage(Scheme, c.generic.RESTOptionsGetter, event.DefaultTTL)
@@ -118,7 +141,7 @@ func (c completedConfig) New() (*Server, error) {
 		}
 		core := genericapiserver.NewDefaultAPIGroupInfo(corev1.GroupName, Scheme, ParameterCodec, Codecs)
 		core.VersionedResourcesStorageMap[corev1.SchemeGroupVersion.Version] = events
-		if err := generic.InstallLegacyAPIGroup(genericapiserver.DefaultLegacyAPIPrefix, &core); err != nil {
+		if err := server.InstallLegacyAPIGroup(genericapiserver.DefaultLegacyAPIPrefix, &core); err != nil {
 			return nil, err
 		}
 	}
@@ -129,7 +152,7 @@ func (c completedConfig) New() (*Server, error) {
 	}
 	// The generic server waits for its own requests, but knows nothing of
 	// upgraded connections: they are ended and waited for here.
-	err = generic.AddPreShutdownHook("drain-sessions", func() error {
+	err = server.AddPreShutdownHook("drain-sessions", func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), c.extra.DrainTimeout)
 		defer cancel()
 		return sessions.Drain(ctx)
@@ -137,5 +160,5 @@ func (c completedConfig) New() (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{Generic: generic}, nil
+	return &Server{Generic: server}, nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	utilerrors "k8s.io/apimachinery/pkg/util/errors"
 	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/apimachinery/pkg/util/wait"
@@ -24,12 +26,15 @@ import (
 	"k8s.io/apiserver/pkg/authorization/authorizerfactory"
 	"k8s.io/apiserver/pkg/authorization/path"
 	authorizationunion "k8s.io/apiserver/pkg/authorization/union"
+	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/apiserver/pkg/server/dynamiccertificates"
 	genericoptions "k8s.io/apiserver/pkg/server/options"
 	"k8s.io/client-go/rest"
 	"k8s.io/component-base/metrics/legacyregistry"
 
+	"aaserver.io/aaserver/apis/generated/clientset/versioned"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/internal/admission"
 	"aaserver.io/aaserver/internal/pki"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
@@ -336,19 +341,82 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 	// them, until its time is up.
 	generic.ShutdownWatchTerminationGracePeriod = o.DrainTimeout
 
+	stores, err := NewStores(generic.RESTOptionsGetter, target.StoreOptions{
+		DefaultAgent: LocalAgent,
+		Sources:      sets.New(v1.SourceProcess),
+		Agents:       sets.New(LocalAgent),
+	})
+	if err != nil {
+		return nil, err
+	}
+	generic.AdmissionControl, err = admission.NewChain(generic.Authorization.Authorizer, admission.Options{
+		Classes:  stores.Classes,
+		Targets:  stores.Targets,
+		Services: noServices,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := generic.AddPostStartHook("default-class", func(ctx genericapiserver.PostStartHookContext) error {
+		return createDefaultClass(ctx, generic.LoopbackClientConfig)
+	}); err != nil {
+		return nil, err
+	}
+
 	config.Extra = ExtraConfig{
+		Stores:       stores,
 		Standalone:   true,
 		DrainTimeout: o.DrainTimeout,
 		Target: target.Options{
-			DefaultAgent: LocalAgent,
-			Sources:      sets.New(v1.SourceProcess),
-			Agents:       sets.New(LocalAgent),
-			Dial:         (&net.Dialer{}).DialContext,
-			OpenPorts:    true,
-			Sessions:     o.sessions(),
+			Limits:        o.Limits,
+			Dial:          (&net.Dialer{}).DialContext,
+			ServiceRanges: noServices,
+			Sessions:      o.sessions(),
 		},
 	}
 	return config, nil
+}
+
+// noServices are the service ranges where there is no cluster.
+func noServices() ([]netip.Prefix, error) { return nil, nil }
+
+// createDefaultClass makes a class that allows everything, if there is none at
+// all: whoever may write targets here is the administrator. What he makes of it
+// stays.
+func createDefaultClass(ctx context.Context, config *rest.Config) error {
+	client, err := versioned.NewForConfig(config)
+	if err != nil {
+		return err
+	}
+	classes := client.StreamingV1().TargetClasses()
+	list, err := classes.List(ctx, metav1.ListOptions{Limit: 1})
+	if err != nil {
+		return fmt.Errorf("looking for classes: %w", err)
+	}
+	if len(list.Items) > 0 {
+		return nil
+	}
+	_, err = classes.Create(ctx, &v1.TargetClass{
+		ObjectMeta: metav1.ObjectMeta{
+			Name:        "default",
+			Annotations: map[string]string{v1.AnnotationDefaultClass: "true"},
+		},
+		Spec: v1.TargetClassSpec{
+			Sources:   []string{v1.SourceProcess, v1.SourceContainer, v1.SourceSSH, v1.SourceTCP},
+			Agents:    []string{v1.ClassWildcard},
+			Users:     []string{v1.ClassWildcard, "root"},
+			AgentUser: true,
+			Addresses: v1.AddressPolicy{Allow: []string{
+				"0.0.0.0/0", "::/0", // and, since these alone don't open them:
+				"127.0.0.0/8", "::1/128", "169.254.0.0/16", "fe80::/10",
+			}},
+			Ports: v1.PortPolicy{Unlisted: true},
+		},
+	}, metav1.CreateOptions{FieldManager: "aaserver"})
+	if err != nil {
+		return fmt.Errorf("creating the default class: %w", err)
+	}
+	return nil
 }
 
 // waitReady returns once the server says that it is ready, or with an error

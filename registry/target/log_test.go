@@ -133,7 +133,7 @@ func logsOf(d *fakeDriver, selected driver.LogOptions) *logStream {
 	target.Spec.RestartPolicy = v1.RestartAlways
 	return &logStream{
 		connector: &connector{opts: Options{Drivers: func(*v1.Target) (driver.Driver, error) { return d, nil }}},
-		target:    target,
+		to:        &access{target: target},
 		selected:  selected,
 	}
 }

@@ -33,9 +33,9 @@ func Register(plugins *admission.Plugins) {
 
 type classPolicy struct {
 	*admission.Handler
-	classes    plugin.Classes
+	classes    policy.Classes
 	targets    plugin.Targets
-	services   []netip.Prefix
+	services   func() ([]netip.Prefix, error)
 	authorizer authorizer.UnconditionalAuthorizer
 }
 
@@ -48,13 +48,13 @@ var (
 )
 
 // SetClasses implements plugin.WantsClasses.
-func (p *classPolicy) SetClasses(classes plugin.Classes) { p.classes = classes }
+func (p *classPolicy) SetClasses(classes policy.Classes) { p.classes = classes }
 
 // SetTargets implements plugin.WantsTargets.
 func (p *classPolicy) SetTargets(targets plugin.Targets) { p.targets = targets }
 
 // SetServices implements plugin.WantsServices.
-func (p *classPolicy) SetServices(services []netip.Prefix) { p.services = services }
+func (p *classPolicy) SetServices(services func() ([]netip.Prefix, error)) { p.services = services }
 
 // SetUnconditionalAuthorizer implements
 // initializer.WantsUnconditionalAuthorizer.
@@ -69,6 +69,8 @@ func (p *classPolicy) ValidateInitialization() error {
 		return errors.New("it has nowhere to read TargetClasses")
 	case p.targets == nil:
 		return errors.New("it has nowhere to read targets")
+	case p.services == nil:
+		return errors.New("it has nowhere to learn the cluster's service ranges")
 	case p.authorizer == nil:
 		return errors.New("it has no authorizer to ask")
 	}
@@ -98,7 +100,11 @@ func (p *classPolicy) write(ctx context.Context, a admission.Attributes) error {
 	if err != nil {
 		return err
 	}
-	opts := policy.CheckOptions{Services: p.services}
+	services, err := p.services()
+	if err != nil {
+		return plugin.Unreadable("the cluster's service ranges", err)
+	}
+	opts := policy.CheckOptions{Services: services}
 	if oldHub != nil {
 		if opts.Old, err = toV1(oldHub); err != nil {
 			return err
@@ -135,9 +141,13 @@ func (p *classPolicy) connect(ctx context.Context, a admission.Attributes) error
 	if err != nil {
 		return err
 	}
+	services, err := p.services()
+	if err != nil {
+		return plugin.Unreadable("the cluster's service ranges", err)
+	}
 	target := *found
 	target.Spec.Ports = nil
-	if err := violations(a, class, policy.Check(class, &target, policy.CheckOptions{Services: p.services})); err != nil {
+	if err := violations(a, class, policy.Check(class, &target, policy.CheckOptions{Services: services})); err != nil {
 		return err
 	}
 	opts, ok := a.GetObject().(*v1.TargetPortForwardOptions)
@@ -157,22 +167,11 @@ func (p *classPolicy) connect(ctx context.Context, a admission.Attributes) error
 
 // classOf returns the class that governs a target. Without one, nothing goes.
 func (p *classPolicy) classOf(ctx context.Context, a admission.Attributes, target *v1.Target) (*v1.TargetClass, error) {
-	name := target.Spec.ClassName
-	if name == "" {
-		class, err := p.classes.DefaultClass(ctx)
-		switch {
-		case err != nil:
-			return nil, plugin.Unreadable("the default TargetClass", err)
-		case class == nil:
-			return nil, plugin.Forbidden(a, "it names no TargetClass, and there is no default one: set spec.className, or annotate a TargetClass with %s=true", v1.AnnotationDefaultClass)
-		}
-		return class, nil
+	class, err := policy.Governing(ctx, p.classes, target.Spec.ClassName)
+	if denied, ok := errors.AsType[*policy.DeniedError](err); ok {
+		return nil, plugin.Forbidden(a, "%v", denied)
 	}
-	class, err := p.classes.Class(ctx, name)
-	switch {
-	case apierrors.IsNotFound(err):
-		return nil, plugin.Forbidden(a, "its TargetClass %q doesn't exist: create it, or name another in spec.className", name)
-	case err != nil:
+	if err != nil {
 		return nil, plugin.Unreadable("the TargetClass", err)
 	}
 	return class, nil

@@ -10,6 +10,7 @@ import (
 	"k8s.io/apiserver/pkg/admission"
 
 	"aaserver.io/aaserver/internal/admission/plugin"
+	"aaserver.io/aaserver/internal/policy"
 )
 
 // PluginName is the plugin's name in --enable-admission-plugins.
@@ -24,7 +25,7 @@ func Register(plugins *admission.Plugins) {
 
 type defaultClass struct {
 	*admission.Handler
-	classes plugin.Classes
+	classes policy.Classes
 }
 
 var (
@@ -33,7 +34,7 @@ var (
 )
 
 // SetClasses implements plugin.WantsClasses.
-func (d *defaultClass) SetClasses(classes plugin.Classes) { d.classes = classes }
+func (d *defaultClass) SetClasses(classes policy.Classes) { d.classes = classes }
 
 // ValidateInitialization implements admission.InitializationValidator.
 func (d *defaultClass) ValidateInitialization() error {

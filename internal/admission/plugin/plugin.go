@@ -18,21 +18,10 @@ import (
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/internal/policy"
 )
 
-// Classes is where classes are read. A read must see every write that ended
-// before it: with a cache that lags behind, a class that was just narrowed
-// would still be used.
-type Classes interface {
-	// Class returns a class. Its error is a NotFound API error if there is no
-	// such class.
-	Class(ctx context.Context, name string) (*v1.TargetClass, error)
-	// DefaultClass returns the class of targets that name none, nil if there
-	// is none.
-	DefaultClass(ctx context.Context) (*v1.TargetClass, error)
-}
-
-// Targets is where targets are read, with the same promise as Classes.
+// Targets is where targets are read, as they are stored now.
 type Targets interface {
 	// Target returns a target. Its error is a NotFound API error if there is
 	// no such target.
@@ -41,7 +30,7 @@ type Targets interface {
 
 // WantsClasses is a plugin that reads classes.
 type WantsClasses interface {
-	SetClasses(Classes)
+	SetClasses(policy.Classes)
 	admission.InitializationValidator
 }
 
@@ -52,9 +41,10 @@ type WantsTargets interface {
 }
 
 // WantsServices is a plugin that judges addresses, for which it has to know the
-// cluster's service ranges. There may be none.
+// cluster's service ranges. It finds them when it is asked, and fails while they
+// aren't known.
 type WantsServices interface {
-	SetServices([]netip.Prefix)
+	SetServices(func() ([]netip.Prefix, error))
 	admission.InitializationValidator
 }
 
@@ -126,8 +116,8 @@ func Forbidden(a admission.Attributes, format string, args ...any) error {
 // needs: a status stays what it is, so that clients know what may be tried
 // again.
 func Unreadable(what string, err error) error {
-	if _, ok := err.(apierrors.APIStatus); ok {
-		return err
+	if status, ok := errors.AsType[*apierrors.StatusError](err); ok {
+		return status
 	}
 	return apierrors.NewInternalError(errors.New(clip(fmt.Sprintf("reading %s: %v", what, err), maxConnectMessage)))
 }
