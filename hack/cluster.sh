@@ -72,7 +72,13 @@ $kubectl wait --for=condition=Available --timeout=60s apiservice/v1.streaming.aa
   exit 1
 }
 
+# Without a class, targets may do nothing.
 $kubectl apply -f - >/dev/null <<YAML
+apiVersion: streaming.aaserver.io/v1
+kind: TargetClass
+metadata: {name: standard, annotations: {streaming.aaserver.io/is-default-class: "true"}}
+spec: {sources: [process], agents: [local], agentUser: true}
+---
 apiVersion: streaming.aaserver.io/v1
 kind: Target
 metadata: {name: clock}

@@ -533,7 +533,7 @@ func testPortForward(t *testing.T, a *aggregated, namespace string) {
 	}
 	t.Run("a port that isn't in the spec is refused before the upgrade, if it is named there", func(t *testing.T) {
 		code, message := upgrade(t, a.with(t), "WebSocket", targetPath(namespace, "web", "portforward", "ports=1"), nil)
-		if code != http.StatusForbidden || !strings.Contains(message, "http (8080), closed (9)") {
+		if code != http.StatusForbidden || !strings.Contains(message, "http (8080 TCP), closed (9 TCP)") {
 			t.Errorf("%d: %s", code, message)
 		}
 	})

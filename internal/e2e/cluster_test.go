@@ -636,6 +636,15 @@ func (a *aggregated) waitWorks() {
 		}
 		return fmt.Errorf("%+v", service.Status.Conditions)
 	})
+	a.eventually("a class can be written", time.Minute, func() error {
+		a.wantRunning()
+		err := raw.Post().AbsPath(apiPath+"/targetclasses").
+			SetHeader("Content-Type", "application/yaml").Body([]byte(defaultClass)).Do(a.t.Context()).Error()
+		if apierrors.IsAlreadyExists(err) {
+			return nil // of another server on the same storage
+		}
+		return err
+	})
 	a.eventually("a target can be written", time.Minute, func() error {
 		a.wantRunning()
 		target := `{"apiVersion":"` + apiGroup + `/v1","kind":"Target","metadata":{"name":"probe"},"spec":{"agentName":"local","process":{"command":["true"]}}}`
@@ -643,6 +652,14 @@ func (a *aggregated) waitWorks() {
 			SetHeader("Content-Type", "application/json").Body([]byte(target)).Do(a.t.Context()).Error()
 	})
 }
+
+// defaultClass lets the tests' targets run what they like as the server's user.
+const defaultClass = `
+apiVersion: streaming.aaserver.io/v1
+kind: TargetClass
+metadata: {name: standard, annotations: {streaming.aaserver.io/is-default-class: "true"}}
+spec: {sources: [process], agents: ["*"], agentUser: true}
+`
 
 func (a *aggregated) wantRunning() {
 	a.t.Helper()
