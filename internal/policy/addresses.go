@@ -92,7 +92,7 @@ func NewAddresses(class *v1.TargetClass, services []netip.Prefix) *Addresses {
 	for _, entry := range class.Spec.Addresses.Deny {
 		prefix, ok := parsePrefix(entry)
 		if !ok {
-			a.unreadable = fmt.Sprintf("the entry %q of its addresses.deny is not a CIDR", clip(entry, maxListBytes/2))
+			a.unreadable = fmt.Sprintf("the entry %q of its addresses.deny is not a CIDR", clip(entry, maxItemBytes))
 			return a
 		}
 		// With bits set beyond its length, an entry may have been meant to be
@@ -157,7 +157,7 @@ func (a *Addresses) Allows(addr netip.Addr) error {
 
 // addressText bounds the zone, which may be of any length.
 func addressText(addr netip.Addr) string {
-	return clip(addr.String(), maxListBytes/2)
+	return clip(addr.String(), maxItemBytes)
 }
 
 // denies returns why an address may not be dialled, "" if it may.

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -16,6 +17,8 @@ import (
 // maxErrors bounds what Check returns: a target may have hundreds of endpoints
 // that are all wrong for one reason.
 const maxErrors = 16
+
+const maxPort = 1<<16 - 1
 
 // CheckOptions say what Check judges by beside the class.
 type CheckOptions struct {
@@ -39,19 +42,20 @@ func Check(class *v1.TargetClass, target *v1.Target, opts CheckOptions) field.Er
 	if class == nil {
 		return field.ErrorList{field.Forbidden(spec.Child("className"), errNoClass.Error())}
 	}
+	c := &check{class: class, services: opts.Services}
 	old := &v1.TargetSpec{}
 	if opts.Old != nil && opts.Old.Spec.ClassName == target.Spec.ClassName {
 		old = &opts.Old.Spec
 	}
-	c := &check{class: class, services: opts.Services}
-	if !startsNothing(&target.Spec, old) {
+	if old.Source() == "" || !startsNothing(&target.Spec, old) {
 		c.source(&target.Spec, spec)
 	}
+	before := endpointsOf(old)
 	if ssh := target.Spec.SSH; ssh != nil {
-		c.endpoints(ssh.Endpoints, endpointsOf(old), spec.Child("ssh", "endpoints"))
+		c.endpoints(ssh.Endpoints, before, spec.Child("ssh", "endpoints"))
 	}
 	if tcp := target.Spec.TCP; tcp != nil {
-		c.endpoints(tcp.Endpoints, endpointsOf(old), spec.Child("tcp", "endpoints"))
+		c.endpoints(tcp.Endpoints, before, spec.Child("tcp", "endpoints"))
 	}
 	c.ports(target.Spec.Ports, old.Ports, spec.Child("ports"))
 	return c.errs
@@ -60,14 +64,11 @@ func Check(class *v1.TargetClass, target *v1.Target, opts CheckOptions) field.Er
 // startsNothing says that a spec makes nothing run or be reached that the old
 // one didn't.
 func startsNothing(spec, old *v1.TargetSpec) bool {
-	return spec.Source() != "" &&
-		spec.AgentName == old.AgentName &&
+	before, now := endpointsOf(old), endpointsOf(spec)
+	return spec.AgentName == old.AgentName &&
 		replicas(spec) <= replicas(old) &&
-		equality.Semantic.DeepEqual(spec.Process, old.Process) &&
-		equality.Semantic.DeepEqual(spec.Container, old.Container) &&
-		equality.Semantic.DeepEqual(withoutEndpoints(spec.SSH), withoutEndpoints(old.SSH)) &&
-		equality.Semantic.DeepEqual(tlsOf(spec.TCP), tlsOf(old.TCP)) &&
-		!slices.ContainsFunc(endpointsOf(spec), func(e v1.Endpoint) bool { return !slices.Contains(endpointsOf(old), e) })
+		!slices.ContainsFunc(now, func(e v1.Endpoint) bool { return !slices.Contains(before, e) }) &&
+		equality.Semantic.DeepEqual(sourceOf(spec), sourceOf(old))
 }
 
 func replicas(spec *v1.TargetSpec) int32 {
@@ -77,30 +78,31 @@ func replicas(spec *v1.TargetSpec) int32 {
 	return *spec.Replicas
 }
 
-func withoutEndpoints(source *v1.SSHSource) *v1.SSHSource {
-	if source == nil {
-		return nil
+// sourceOf returns the source without its endpoints.
+func sourceOf(spec *v1.TargetSpec) v1.TargetSpec {
+	source := v1.TargetSpec{Process: spec.Process, Container: spec.Container}
+	if spec.SSH != nil {
+		ssh := *spec.SSH
+		ssh.Endpoints = nil
+		source.SSH = &ssh
 	}
-	rest := *source
-	rest.Endpoints = nil
-	return &rest
-}
-
-func tlsOf(source *v1.TCPSource) *v1.TCPTLS {
-	if source == nil {
-		return nil
+	if spec.TCP != nil {
+		tcp := *spec.TCP
+		tcp.Endpoints = nil
+		source.TCP = &tcp
 	}
-	return source.TLS
+	return source
 }
 
 func endpointsOf(spec *v1.TargetSpec) []v1.Endpoint {
-	switch {
-	case spec.SSH != nil:
-		return spec.SSH.Endpoints
-	case spec.TCP != nil:
-		return spec.TCP.Endpoints
+	var endpoints []v1.Endpoint
+	if spec.SSH != nil {
+		endpoints = append(endpoints, spec.SSH.Endpoints...)
 	}
-	return nil
+	if spec.TCP != nil {
+		endpoints = append(endpoints, spec.TCP.Endpoints...)
+	}
+	return endpoints
 }
 
 // check collects what a class doesn't allow.
@@ -112,7 +114,7 @@ type check struct {
 
 func (c *check) forbid(p *field.Path, format string, args ...any) {
 	if len(c.errs) < maxErrors {
-		c.errs = append(c.errs, field.Forbidden(p, classNamed(c.class.Name)+" "+fmt.Sprintf(format, args...)))
+		c.errs = append(c.errs, field.Forbidden(p, deny(c.class.Name, format, args...).Error()))
 	}
 }
 
@@ -176,8 +178,9 @@ func (c *check) user(user string, mayLeaveOut bool, p *field.Path) {
 // mayBeRoot says whether a user other than by the name root or 0 may be root
 // all the same: of a login, OpenSSH takes for the user what is before a colon,
 // and with Debian's patches before a slash; some directories of users don't
-// tell upper case from lower; and a number may be written in several ways, or
-// be too big for the type that holds it.
+// tell upper case from lower; a number may be written in several ways, or be
+// too big for the type that holds it; and to the kernel, the greatest means to
+// stay who one is.
 func mayBeRoot(user string) bool {
 	if i := strings.IndexAny(user, ":/"); i >= 0 {
 		user = user[:i]
@@ -190,7 +193,7 @@ func mayBeRoot(user string) bool {
 		return false
 	}
 	id, err := strconv.ParseUint(digits, 10, 32)
-	return err != nil || id == 0 || digits != user
+	return err != nil || id == 0 || id == math.MaxUint32 || digits != user
 }
 
 func (c *check) endpoints(endpoints, old []v1.Endpoint, p *field.Path) {
@@ -211,18 +214,20 @@ func (c *check) endpoints(endpoints, old []v1.Endpoint, p *field.Path) {
 
 func (c *check) ports(ports, old []v1.TargetPort, p *field.Path) {
 	policy := &c.class.Spec.Ports
-	for i, port := range ports {
-		p, protocol := p.Index(i), protocolOf(port.Protocol)
-		if !policyAllows(policy, port.Port, protocol) && !slices.ContainsFunc(old, func(o v1.TargetPort) bool {
-			return o.Port == port.Port && protocolOf(o.Protocol) == protocol
-		}) {
-			c.forbid(p.Child("port"), "allows the ports: %s", portsText(policy.Allowed))
+	judge := func(p *field.Path, port v1.TargetPort, number func(v1.TargetPort) int32) {
+		same := func(o v1.TargetPort) bool {
+			return number(o) == number(port) && protocolOf(o.Protocol) == protocolOf(port.Protocol)
 		}
+		if !mayList(policy, number(port), port.Protocol) && !slices.ContainsFunc(old, same) {
+			c.forbid(p, "allows the ports: %s", portsText(policy.Allowed))
+		}
+	}
+	for i, port := range ports {
+		p := p.Index(i)
+		judge(p.Child("port"), port, func(o v1.TargetPort) int32 { return o.Port })
 		// A process could otherwise claim any port of its host.
-		if port.HostPort != 0 && !policyAllows(policy, port.HostPort, protocol) && !slices.ContainsFunc(old, func(o v1.TargetPort) bool {
-			return o.HostPort == port.HostPort && protocolOf(o.Protocol) == protocol
-		}) {
-			c.forbid(p.Child("hostPort"), "allows the ports: %s", portsText(policy.Allowed))
+		if port.HostPort != 0 {
+			judge(p.Child("hostPort"), port, func(o v1.TargetPort) int32 { return o.HostPort })
 		}
 	}
 }
@@ -233,32 +238,32 @@ func AllowPort(class *v1.TargetClass, target *v1.Target, port uint16, protocol v
 	if class == nil {
 		return errNoClass
 	}
-	policy, protocol := &class.Spec.Ports, protocolOf(protocol)
-	if !policyAllows(policy, int32(port), protocol) {
-		return deny(class.Name, "does not allow port %d (%s) to be forwarded. It allows the ports: %s",
-			port, clip(string(protocol), maxListBytes), portsText(policy.Allowed))
+	policy, number := &class.Spec.Ports, int32(port)
+	if !mayList(policy, number, protocol) {
+		return deny(class.Name, "does not allow port %d (%s) to be forwarded; it allows the ports: %s",
+			port, clip(string(protocolOf(protocol)), maxItemBytes), portsText(policy.Allowed))
 	}
 	if policy.Unlisted {
 		return nil
 	}
 	var open []string
 	for _, p := range target.Spec.Ports {
-		listed := protocolOf(p.Protocol)
-		if p.Port == int32(port) && listed == protocol {
+		if p.Port == number && protocolOf(p.Protocol) == protocolOf(protocol) {
 			return nil
 		}
-		if policyAllows(policy, p.Port, listed) {
-			open = append(open, fmt.Sprintf("%s (%d %s)", p.Name, p.Port, listed))
+		if mayList(policy, p.Port, p.Protocol) {
+			open = append(open, fmt.Sprintf("%s (%d %s)", p.Name, p.Port, protocolOf(p.Protocol)))
 		}
 	}
-	return deny(class.Name, "allows only ports to be forwarded that the target's spec lists, and port %d (%s) is none of them. Open are: %s",
-		port, protocol, list(open))
+	return deny(class.Name, "allows ports to be forwarded only if the target's spec lists them; port %d (%s) is not among those that are open: %s",
+		port, protocolOf(protocol), list(open))
 }
 
-// policyAllows says whether a port is one of those that may be listed and
-// forwarded.
-func policyAllows(policy *v1.PortPolicy, port int32, protocol v1.Protocol) bool {
-	if port < 1 || port > 65535 || protocol != v1.ProtocolTCP && protocol != v1.ProtocolUDP {
+// mayList says whether a port is one of those that a class lets targets list
+// and clients forward.
+func mayList(policy *v1.PortPolicy, port int32, protocol v1.Protocol) bool {
+	protocol = protocolOf(protocol)
+	if port < 1 || port > maxPort || protocol != v1.ProtocolTCP && protocol != v1.ProtocolUDP {
 		return false
 	}
 	return len(policy.Allowed) == 0 || slices.ContainsFunc(policy.Allowed, func(r v1.PortRange) bool {
@@ -266,7 +271,7 @@ func policyAllows(policy *v1.PortPolicy, port int32, protocol v1.Protocol) bool 
 		if last == 0 {
 			last = r.Port
 		}
-		return r.Port >= 1 && last <= 65535 && r.Port <= port && port <= last && protocolOf(r.Protocol) == protocol
+		return r.Port >= 1 && last <= maxPort && r.Port <= port && port <= last && protocolOf(r.Protocol) == protocol
 	})
 }
 
@@ -279,7 +284,7 @@ func protocolOf(p v1.Protocol) v1.Protocol {
 
 func portsText(ranges []v1.PortRange) string {
 	if len(ranges) == 0 {
-		return "1-65535"
+		return "1-65535, TCP and UDP"
 	}
 	texts := make([]string, 0, len(ranges))
 	for _, r := range ranges {

@@ -27,7 +27,10 @@ type DeniedError struct {
 func (e *DeniedError) Error() string { return e.reason }
 
 func deny(class, format string, args ...any) *DeniedError {
-	return &DeniedError{Class: class, reason: fmt.Sprintf("%s %s", classNamed(class), fmt.Sprintf(format, args...))}
+	return &DeniedError{
+		Class:  class,
+		reason: clip(classNamed(class)+" "+fmt.Sprintf(format, args...), maxMessageBytes),
+	}
 }
 
 var errNoClass = &DeniedError{reason: "without a TargetClass nothing is allowed"}
@@ -91,9 +94,12 @@ func seconds(n int64) time.Duration {
 }
 
 const (
-	// maxListBytes bounds a list in a message: a refused upgrade has to tell
-	// its reason in a Status of 1 KiB.
-	maxListBytes = 240
+	// maxMessageBytes bounds messages: a refused upgrade has to tell its
+	// reason in a Status of 1 KiB. Of that, quotation marks take more.
+	maxMessageBytes = 640
+	// maxListBytes and maxItemBytes bound the lists in them.
+	maxListBytes = 200
+	maxItemBytes = 80
 	// maxNameBytes is the longest that a name of the API may be.
 	maxNameBytes = 253
 )
@@ -109,7 +115,7 @@ func list(items []string) string {
 	}
 	var b strings.Builder
 	for i, item := range items {
-		item = clip(item, maxListBytes/2)
+		item = clip(item, maxItemBytes)
 		if i > 0 && b.Len()+len(item) > maxListBytes {
 			fmt.Fprintf(&b, " and %d more", len(items)-i)
 			break
@@ -122,6 +128,7 @@ func list(items []string) string {
 	return b.String()
 }
 
+// clip cuts what is too long, and leaves valid UTF-8.
 func clip(s string, length int) string {
 	if len(s) <= length {
 		return s
