@@ -3,7 +3,6 @@ package policy
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -66,24 +65,20 @@ func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.
 	return nil, d.denied(host, denied)
 }
 
-// denied is the error for a host of which no address is allowed.
+// denied is the error for a host whose addresses, at least one, aren't allowed.
 func (d *Dialer) denied(host string, addrs []netip.Addr) error {
 	if d.addresses == nil {
 		return errNoClass
 	}
-	if _, err := netip.ParseAddr(host); err == nil || len(addrs) == 0 {
-		var addr netip.Addr
-		if len(addrs) > 0 {
-			addr = addrs[0]
-		}
-		return d.addresses.Allows(addr)
+	first, reason := addressText(addrs[0]), d.addresses.denies(addrs[0])
+	name := clip(host, maxNameBytes)
+	switch _, err := netip.ParseAddr(host); {
+	case err == nil:
+		return d.addresses.Allows(addrs[0])
+	case len(addrs) == 1:
+		return deny(d.addresses.class, "does not allow the address %s of %q: %s", first, name, reason)
 	}
-	more := ""
-	if len(addrs) > 1 {
-		more = fmt.Sprintf(", nor the %d others of that name", len(addrs)-1)
-	}
-	return deny(d.addresses.class, "does not allow the address %s of %q%s: %s",
-		addressText(addrs[0]), clip(host, maxNameBytes), more, d.addresses.denies(addrs[0]))
+	return deny(d.addresses.class, "allows none of the %d addresses of %q, %s for one: %s", len(addrs), name, first, reason)
 }
 
 // judge is asked by net.Dialer before each connect, of a name with addresses
