@@ -217,22 +217,37 @@ func TestAddressesThatAreNone(t *testing.T) {
 // address.
 func FuzzAddresses(f *testing.F) {
 	addr := func(s string) []byte { return netip.MustParseAddr(s).AsSlice() }
-	f.Add("", "", "10.96.0.0/12", addr("127.0.0.1"))
-	f.Add("0.0.0.0/0 ::/0", "10.0.0.0/8", "10.96.0.0/12", addr("::ffff:10.1.1.1"))
-	f.Add("127.0.0.2/32", "", "fd00::/108", addr("127.0.0.2"))
-	f.Add("64:ff9b::/96 127.0.0.0/8", "127.0.0.1/32", "", addr("64:ff9b::127.0.0.1"))
-	f.Add("2002::/16", "192.0.2.1/8", "", addr("2002:c000:201::1"))
-	f.Add("::ffff:10.0.0.0/104", "::ffff:10.20.0.0/112", "::ffff:10.96.0.0/108", addr("10.20.0.1"))
-	f.Add("fe80::/10 ff02::1/128", "x", "0.0.0.0/0", addr("fe80::1"))
-	f.Add("64:ff9b:1:a::/96", "::/128", "::/0", addr("64:ff9b:1:a::1"))
-	f.Fuzz(func(t *testing.T, allow, denyList, service string, bytes []byte) {
+	f.Add("", "", "10.96.0.0/12", uint32(0), addr("127.0.0.1"))
+	f.Add("0.0.0.0/0 ::/0", "10.0.0.0/8", "10.96.0.0/12", uint32(0), addr("::ffff:10.1.1.1"))
+	f.Add("127.0.0.2/32", "", "fd00::/108", uint32(0x9f), addr("127.0.0.2"))
+	f.Add("64:ff9b::/96 127.0.0.0/8", "127.0.0.1/32", "", uint32(0x80_ff), addr("64:ff9b::127.0.0.1"))
+	f.Add("2002::/16", "192.0.2.1/8", "", uint32(0x90_00_ff), addr("2002:c000:201::1"))
+	f.Add("::ffff:10.0.0.0/104", "::ffff:10.20.0.0/112", "::ffff:10.96.0.0/108", uint32(0x90_00_91), addr("10.20.0.1"))
+	f.Add("fe80::/10 ff02::1/128", "x", "0.0.0.0/0", uint32(0), addr("fe80::1"))
+	f.Add("64:ff9b:1:a::/96", "::/128", "::/0", uint32(0x90), addr("64:ff9b:1:a::1"))
+	f.Fuzz(func(t *testing.T, allow, denyList, service string, near uint32, bytes []byte) {
 		addr, ok := netip.AddrFromSlice(bytes)
-		if !ok {
+		if !ok || len(allow)+len(denyList) > 1024 {
 			return
 		}
 		policy := v1.AddressPolicy{Allow: strings.Fields(allow), Deny: strings.Fields(denyList)}
 		var services []netip.Prefix
 		if prefix, err := netip.ParsePrefix(service); err == nil {
+			services = append(services, prefix)
+		}
+		// Networks that hold the address are seldom hit on by chance: each byte
+		// of near with its highest bit set makes one.
+		network := func(b byte) (netip.Prefix, bool) {
+			prefix, err := addr.Unmap().Prefix(int(b&0x7f) + 1)
+			return prefix, err == nil && b&0x80 != 0
+		}
+		if prefix, ok := network(byte(near)); ok {
+			policy.Allow = append(policy.Allow, prefix.String())
+		}
+		if prefix, ok := network(byte(near >> 8)); ok {
+			policy.Deny = append(policy.Deny, prefix.String())
+		}
+		if prefix, ok := network(byte(near >> 16)); ok {
 			services = append(services, prefix)
 		}
 		addresses := NewAddresses(classOf(v1.TargetClassSpec{Addresses: policy}), services)

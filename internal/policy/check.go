@@ -113,9 +113,7 @@ type check struct {
 }
 
 func (c *check) forbid(p *field.Path, format string, args ...any) {
-	if len(c.errs) < maxErrors {
-		c.errs = append(c.errs, field.Forbidden(p, deny(c.class.Name, format, args...).Error()))
-	}
+	c.errs = append(c.errs, field.Forbidden(p, deny(c.class.Name, format, args...).Error()))
 }
 
 func (c *check) source(spec *v1.TargetSpec, p *field.Path) {
@@ -200,7 +198,7 @@ func (c *check) endpoints(endpoints, old []v1.Endpoint, p *field.Path) {
 	var addresses *Addresses
 	for i, e := range endpoints {
 		addr, err := netip.ParseAddr(e.Host)
-		if err != nil || slices.Contains(old, e) {
+		if err != nil || slices.Contains(old, e) || len(c.errs) == maxErrors {
 			continue
 		}
 		if addresses == nil {
@@ -218,7 +216,7 @@ func (c *check) ports(ports, old []v1.TargetPort, p *field.Path) {
 		same := func(o v1.TargetPort) bool {
 			return number(o) == number(port) && protocolOf(o.Protocol) == protocolOf(port.Protocol)
 		}
-		if !mayList(policy, number(port), port.Protocol) && !slices.ContainsFunc(old, same) {
+		if len(c.errs) < maxErrors && !mayList(policy, number(port), port.Protocol) && !slices.ContainsFunc(old, same) {
 			c.forbid(p, "allows the ports: %s", portsText(policy.Allowed))
 		}
 	}
