@@ -156,7 +156,7 @@ func (c *check) user(user string, mayLeaveOut bool, p *field.Path) {
 		}
 		return
 	}
-	if slices.Contains(users, user) && user != v1.ClassWildcard {
+	if slices.Contains(users, user) {
 		return
 	}
 	if user == "root" || user == "0" {

@@ -149,6 +149,7 @@ func TestCheck(t *testing.T) {
 		"zero with a sign is root":                              {class: users("*"), target: processOf("-0"), want: []string{processUser("*; root has to be named")}},
 		"a number that wraps round to zero is root":             {class: users("*"), target: processOf("4294967296"), want: []string{processUser("*; root has to be named")}},
 		"the number that changes nothing is root":               {class: users("*"), target: processOf("4294967295"), want: []string{processUser("*; root has to be named")}},
+		"so is its other spelling":                              {class: users("*"), target: processOf("-1"), want: []string{processUser("*; root has to be named")}},
 		"a user with a style isn't the user":                    {class: users("app"), target: sshOf("app:x", "192.0.2.1"), want: []string{sshUser("app")}},
 		"the user * isn't root":                                 {class: users("root"), target: sshOf("*", "192.0.2.1"), want: []string{sshUser("root")}},
 
