@@ -827,6 +827,7 @@ func TestServerRules(t *testing.T) {
 		"admissionregistration.k8s.io/validatingwebhookconfigurations":   "list watch",
 		"flowcontrol.apiserver.k8s.io/flowschemas":                       "list watch",
 		"flowcontrol.apiserver.k8s.io/prioritylevelconfigurations":       "list watch",
+		"networking.k8s.io/servicecidrs":                                 "list watch",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("what the server may do (-want +got):\n%s", diff)

@@ -263,6 +263,7 @@ involvedObject: {apiVersion: streaming.aaserver.io/v1, kind: Target, namespace: 
 		table := strings.Fields(s.kubectl("api-resources", "--no-headers"))
 		want := strings.Fields(`events ev v1 true Event
 			selfsubjectaccessreviews authorization.k8s.io/v1 false SelfSubjectAccessReview
+			targetclasses tgtclass streaming.aaserver.io/v1 false TargetClass
 			targets tgt streaming.aaserver.io/v1 true Target`)
 		if !slices.Equal(table, want) {
 			t.Errorf("got %q, want %q", table, want)

@@ -165,7 +165,7 @@ func schema_aaserver_apis_streaming_v1_AddressPolicy(ref common.ReferenceCallbac
 	return common.OpenAPIDefinition{
 		Schema: spec.Schema{
 			SchemaProps: spec.SchemaProps{
-				Description: "AddressPolicy says which addresses may be dialled. It is applied to each address that a name resolves to, when it is dialled.\n\nLoopback, link-local, multicast and unspecified addresses and the cluster's own service ranges are denied, unless an entry of allow lies within such a range: an entry that merely contains it, such as 0.0.0.0/0, doesn't open it.",
+				Description: "AddressPolicy says which addresses may be dialled. It is applied to each address that a name resolves to, when it is dialled.\n\nLoopback, link-local, multicast and unspecified addresses, those of a network's own NAT64 (64:ff9b:1::/48) and the cluster's own service ranges are denied, unless an entry of allow lies within such a range: an entry that merely contains it, such as 0.0.0.0/0, doesn't open it. An IPv6 address that leads to an IPv4 address is denied if that one is.",
 				Type:        []string{"object"},
 				Properties: map[string]spec.Schema{
 					"allow": {

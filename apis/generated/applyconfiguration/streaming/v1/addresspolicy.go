@@ -24,9 +24,11 @@ package v1
 // AddressPolicy says which addresses may be dialled. It is applied to each
 // address that a name resolves to, when it is dialled.
 //
-// Loopback, link-local, multicast and unspecified addresses and the cluster's
-// own service ranges are denied, unless an entry of allow lies within such a
-// range: an entry that merely contains it, such as 0.0.0.0/0, doesn't open it.
+// Loopback, link-local, multicast and unspecified addresses, those of a network's
+// own NAT64 (64:ff9b:1::/48) and the cluster's own service ranges are denied,
+// unless an entry of allow lies within such a range: an entry that merely
+// contains it, such as 0.0.0.0/0, doesn't open it. An IPv6 address that leads to
+// an IPv4 address is denied if that one is.
 type AddressPolicyApplyConfiguration struct {
 	// allow lists the CIDRs whose addresses may be dialled, such as
 	// 10.20.0.0/16; 256 at most. Empty allows every address that isn't denied.
