@@ -54,10 +54,11 @@ func Order(recommended []string) []string {
 
 // Options is what the plugins want beyond clients, informers and an authorizer.
 type Options struct {
-	// Classes and Targets are where the plugins read.
+	// Classes and Targets find what is judged, as it is stored now.
 	Classes policy.Classes
 	Targets plugin.Targets
-	// Services finds the cluster's service ranges.
+	// Services finds the cluster's service ranges. It fails while they aren't
+	// known.
 	Services func() ([]netip.Prefix, error)
 }
 

@@ -5,12 +5,11 @@ package classpolicy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/netip"
-	"strings"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/util/validation/field"
 	"k8s.io/apiserver/pkg/admission"
 	"k8s.io/apiserver/pkg/admission/initializer"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
@@ -100,13 +99,9 @@ func (p *classPolicy) write(ctx context.Context, a admission.Attributes) error {
 	if err != nil {
 		return err
 	}
-	services, err := p.services()
-	if err != nil {
-		return plugin.Unreadable("the cluster's service ranges", err)
-	}
-	opts := policy.CheckOptions{Services: services}
+	var old *v1.Target
 	if oldHub != nil {
-		if opts.Old, err = toV1(oldHub); err != nil {
+		if old, err = toV1(oldHub); err != nil {
 			return err
 		}
 	}
@@ -123,7 +118,7 @@ func (p *classPolicy) write(ctx context.Context, a admission.Attributes) error {
 	}, "name a class in spec.className that you may use, or have the verb use on this one granted to you"); err != nil {
 		return err
 	}
-	return violations(a, class, policy.Check(class, target, opts))
+	return p.check(a, class, target, old)
 }
 
 // connect judges a connection by the class as it is now. Which of the target's
@@ -135,19 +130,15 @@ func (p *classPolicy) connect(ctx context.Context, a admission.Attributes) error
 	case apierrors.IsNotFound(err):
 		return nil // the registry says so
 	case err != nil:
-		return plugin.Unreadable("the target", err)
+		return plugin.Unreadable(fmt.Errorf("reading the target: %w", err))
 	}
 	class, err := p.classOf(ctx, a, found)
 	if err != nil {
 		return err
 	}
-	services, err := p.services()
-	if err != nil {
-		return plugin.Unreadable("the cluster's service ranges", err)
-	}
 	target := *found
 	target.Spec.Ports = nil
-	if err := violations(a, class, policy.Check(class, &target, policy.CheckOptions{Services: services})); err != nil {
+	if err := p.check(a, class, &target, nil); err != nil {
 		return err
 	}
 	opts, ok := a.GetObject().(*v1.TargetPortForwardOptions)
@@ -159,7 +150,7 @@ func (p *classPolicy) connect(ctx context.Context, a admission.Attributes) error
 			continue // the registry says what is wrong with it
 		}
 		if err := policy.AllowPort(class, found, uint16(port), v1.ProtocolTCP); err != nil {
-			return plugin.Forbidden(a, "%v", err)
+			return plugin.Forbidden(a, err.Error())
 		}
 	}
 	return nil
@@ -169,25 +160,33 @@ func (p *classPolicy) connect(ctx context.Context, a admission.Attributes) error
 func (p *classPolicy) classOf(ctx context.Context, a admission.Attributes, target *v1.Target) (*v1.TargetClass, error) {
 	class, err := policy.Governing(ctx, p.classes, target.Spec.ClassName)
 	if denied, ok := errors.AsType[*policy.DeniedError](err); ok {
-		return nil, plugin.Forbidden(a, "%v", denied)
+		return nil, plugin.Forbidden(a, denied.Error())
 	}
 	if err != nil {
-		return nil, plugin.Unreadable("the TargetClass", err)
+		return nil, plugin.Unreadable(err)
 	}
 	return class, nil
 }
 
-// violations refuses a request if there are any, in one message that lists
-// them.
-func violations(a admission.Attributes, class *v1.TargetClass, errs field.ErrorList) error {
+// check refuses a request if the class doesn't allow the target, in one message
+// that lists what is wrong. Of an update, that is what wasn't wrong before.
+func (p *classPolicy) check(a admission.Attributes, class *v1.TargetClass, target, old *v1.Target) error {
+	opts := policy.CheckOptions{Old: old}
+	if !target.Spec.Hosted() {
+		var err error
+		if opts.Services, err = p.services(); err != nil {
+			return apierrors.NewServiceUnavailable(fmt.Sprintf("which addresses are the cluster's services isn't known yet: %v", err))
+		}
+	}
+	errs := policy.Check(class, target, opts)
 	if len(errs) == 0 {
 		return nil
 	}
-	var texts []string
+	var reasons []string
 	for _, err := range errs {
-		texts = append(texts, err.Field+": "+err.Detail)
+		reasons = append(reasons, err.Field+": "+err.Detail)
 	}
-	return plugin.Forbidden(a, "it violates its TargetClass: %s", strings.Join(texts, "; "))
+	return plugin.Forbidden(a, reasons...)
 }
 
 func toV1(hub *api.Target) (*v1.Target, error) {

@@ -5,6 +5,7 @@ package defaultclass
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 
 	"k8s.io/apiserver/pkg/admission"
@@ -56,7 +57,7 @@ func (d *defaultClass) Admit(ctx context.Context, a admission.Attributes, _ admi
 	}
 	class, err := d.classes.DefaultClass(ctx)
 	if err != nil {
-		return plugin.Unreadable("the default TargetClass", err)
+		return plugin.Unreadable(fmt.Errorf("finding the default class: %w", err))
 	}
 	if class != nil {
 		target.Spec.ClassName = class.Name

@@ -13,6 +13,7 @@ import (
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apiserver/pkg/admission"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
 
@@ -21,7 +22,7 @@ import (
 	"aaserver.io/aaserver/internal/policy"
 )
 
-// Targets is where targets are read, as they are stored now.
+// Targets finds targets as they are stored now.
 type Targets interface {
 	// Target returns a target. Its error is a NotFound API error if there is
 	// no such target.
@@ -103,23 +104,35 @@ const (
 	maxWord = 256
 )
 
-// Forbidden refuses a request, in a message of bounded length.
-func Forbidden(a admission.Attributes, format string, args ...any) error {
+// Forbidden refuses a request, for one reason or several. Of several, it gives
+// as many as a message has room for.
+func Forbidden(a admission.Attributes, reasons ...string) error {
 	limit := maxMessage
 	if a.GetOperation() == admission.Connect {
 		limit = maxConnectMessage
 	}
-	return admission.NewForbidden(a, errors.New(clip(fmt.Sprintf(format, args...), limit)))
+	var b strings.Builder
+	for i, reason := range reasons {
+		if i > 0 {
+			if b.Len()+len(reason) > limit {
+				b.WriteString("; and more")
+				break
+			}
+			b.WriteString("; ")
+		}
+		b.WriteString(clip(reason, limit))
+	}
+	return admission.NewForbidden(a, errors.New(b.String()))
 }
 
 // Unreadable is the answer where something couldn't be read that a decision
-// needs: a status stays what it is, so that clients know what may be tried
+// needs. A status stays what it is, so that clients know what may be tried
 // again.
-func Unreadable(what string, err error) error {
+func Unreadable(err error) error {
 	if status, ok := errors.AsType[*apierrors.StatusError](err); ok {
 		return status
 	}
-	return apierrors.NewInternalError(errors.New(clip(fmt.Sprintf("reading %s: %v", what, err), maxConnectMessage)))
+	return apierrors.NewInternalError(errors.New(clip(err.Error(), maxConnectMessage)))
 }
 
 // Authorize demands that the user of a request may do something beyond the
@@ -132,7 +145,10 @@ func Authorize(ctx context.Context, authz authorizer.UnconditionalAuthorizer, a 
 	}
 	want.ResourceRequest = true
 	decision, reason, err := authz.Authorize(ctx, want)
-	may := fmt.Sprintf("%s the %s %q", want.Verb, describe(want), want.Name)
+	may := fmt.Sprintf("%s %s %q", want.Verb, schema.GroupResource{Group: want.APIGroup, Resource: want.Resource}, want.Name)
+	if want.Namespace != "" {
+		may += fmt.Sprintf(" in the namespace %q", want.Namespace)
+	}
 	switch {
 	case err != nil:
 		return apierrors.NewInternalError(errors.New(clip(fmt.Sprintf("asking whether user %q may %s: %v", clip(name, maxWord), may, err), maxMessage)))
@@ -142,15 +158,7 @@ func Authorize(ctx context.Context, authz authorizer.UnconditionalAuthorizer, a 
 	if reason != "" {
 		reason = " (" + clip(reason, maxWord) + ")"
 	}
-	return Forbidden(a, "user %q may not %s%s: %s", clip(name, maxWord), may, reason, toDo)
-}
-
-func describe(want authorizer.AttributesRecord) string {
-	text := want.Resource
-	if want.APIGroup != "" {
-		text += "." + want.APIGroup
-	}
-	return text
+	return Forbidden(a, fmt.Sprintf("user %q may not %s%s: %s", clip(name, maxWord), may, reason, toDo))
 }
 
 func clip(text string, length int) string {

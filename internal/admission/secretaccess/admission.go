@@ -73,7 +73,7 @@ func (s *secretAccess) Validate(ctx context.Context, a admission.Attributes, _ a
 		Resource:   "secrets",
 		Namespace:  a.GetNamespace(),
 		Name:       secret,
-	}, "a target sends its credentials to its endpoints, so that whoever creates it, or changes its spec, must be allowed to read them; have somebody who may do it, or grant the verb get on the Secret")
+	}, "the target sends it to its endpoints, so that whoever creates the target, or changes where it leads, must be allowed to read it; have somebody do it who may, or grant the verb get on it")
 }
 
 func secretOf(target *api.Target) string {
