@@ -93,6 +93,9 @@ func (s strategy) PrepareForUpdate(_ context.Context, obj, old runtime.Object) {
 	target.Status = oldTarget.Status
 	// What was filled in at creation isn't taken away by a client that applies
 	// its own manifest again.
+	if target.Spec.ClassName == "" {
+		target.Spec.ClassName = oldTarget.Spec.ClassName
+	}
 	if target.Spec.AgentName == "" {
 		target.Spec.AgentName = oldTarget.Spec.AgentName
 	}
