@@ -60,6 +60,8 @@ var layers = []layer{
 		reason: "the conformance suite knows the contract alone"},
 	{packages: "internal/agent", may: []string{"apis/generated/...", "apis/streaming/v1", "internal/driver"}, never: []string{"k8s.io/apiserver"},
 		reason: "an agent runs on other machines: it sees the API through clients only"},
+	{packages: "internal/recorder", may: []string{"apis/generated/...", "apis/streaming/v1"}, never: []string{"k8s.io/apiserver"},
+		reason: "events are written wherever an agent runs: it needs the kinds of objects, and no server"},
 	{packages: "internal/session", may: nil,
 		reason: "sessions are counted without knowing what they carry"},
 	{packages: "internal/cli", may: []string{"apis/generated/...", "apis/streaming/v1", "streaming", "internal/version"}, never: []string{"k8s.io/apiserver"},

@@ -817,6 +817,7 @@ func TestServerRules(t *testing.T) {
 	}
 	want := map[string]string{
 		"/namespaces":            "get list watch",
+		"/events":                "create patch",
 		"/resourcequotas":        "list watch",
 		"/resourcequotas/status": "update",
 		"admissionregistration.k8s.io/mutatingadmissionpolicies":         "list watch",

@@ -41,6 +41,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/record"
 	"k8s.io/component-base/metrics"
 	"k8s.io/klog/v2"
 	"k8s.io/utils/clock"
@@ -70,6 +71,9 @@ type Options struct {
 	Name string
 	// Client reads targets and writes their status and finalizer.
 	Client versioned.Interface
+	// Recorder tells of what happens to targets; nothing is told if nil. It must
+	// not block.
+	Recorder record.EventRecorder
 	// PortRange is where host ports are taken from; DefaultPortRange if empty.
 	PortRange utilnet.PortRange
 	// Workers is how many targets are seen to at once; DefaultWorkers if 0.

@@ -64,6 +64,8 @@ type instance struct {
 	// delay is the present back-off, retryAt when it is over.
 	delay   time.Duration
 	retryAt time.Time
+	// told is the retryAt that an event has told of.
+	told time.Time
 
 	// stopBy is when it is killed, once it was asked to end.
 	stopBy time.Time

@@ -59,6 +59,16 @@ func newPortTable(ports utilnet.PortRange) *portTable {
 	}
 }
 
+// portError says that an instance can't have a port.
+type portError struct {
+	port string
+	err  error
+}
+
+func (e *portError) Error() string { return "port " + e.port + ": " + e.err.Error() }
+
+func (e *portError) Unwrap() error { return e.err }
+
 // reserve keeps for an instance what it had before the agent was started. What
 // another one has already is not had twice.
 func (t *portTable) reserve(owner portOwner, want []v1.TargetPort, had []v1.InstancePort) {
@@ -82,7 +92,7 @@ func (t *portTable) assign(owner portOwner, want []v1.TargetPort, had []v1.Insta
 	for _, w := range want {
 		port, err := t.find(owner, w, previous(had, w.Name), given)
 		if err != nil {
-			return nil, fmt.Errorf("port %s: %w", w.Name, err)
+			return nil, &portError{port: w.Name, err: err}
 		}
 		given[port] = true
 		assigned = append(assigned, v1.InstancePort{Name: w.Name, Port: w.Port, HostPort: port.number})

@@ -13,11 +13,13 @@ import (
 	"sync/atomic"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/resourceversion"
+	"k8s.io/client-go/tools/record"
 	"k8s.io/client-go/util/workqueue"
 	"k8s.io/klog/v2"
 	"k8s.io/utils/clock"
@@ -50,6 +52,7 @@ type reconciler struct {
 	lister  listers.TargetLister
 	clock   clock.WithTicker
 	metrics *agentMetrics
+	events  record.EventRecorder
 	ports   *portTable
 	hosts   map[string]*host
 	queue   workqueue.TypedRateLimitingInterface[types.NamespacedName]
@@ -67,6 +70,7 @@ func newReconciler(opts Options, hosts map[string]driver.Host, metrics *agentMet
 		lister:  lister,
 		clock:   opts.Clock,
 		metrics: metrics,
+		events:  opts.Recorder,
 		ports:   newPortTable(opts.PortRange),
 		hosts:   map[string]*host{},
 		queue: workqueue.NewTypedRateLimitingQueueWithConfig(
@@ -107,6 +111,8 @@ type hosted struct {
 	waits bool
 	// rollout is what the last sync found.
 	rollout rollout
+	// told is what events have told of.
+	told told
 }
 
 // rollout is how far the instances are on their way to the present spec.
@@ -124,6 +130,7 @@ func (r *reconciler) track(target *v1.Target) *hosted {
 		host:      r.hosts[target.Spec.Source()],
 		target:    target,
 		instances: map[string]*instance{},
+		told:      told{replicas: unknown},
 	}
 	hash := hashOf(&target.Spec)
 	for i := range target.Status.Instances {
@@ -136,6 +143,13 @@ func (r *reconciler) track(target *v1.Target) *hosted {
 		instance.target, instance.hash = target, hash
 		h.instances[instance.name] = instance
 		r.ports.reserve(h.owner(instance), target.Spec.Ports, status.Ports)
+	}
+	switch target.Status.ObservedGeneration {
+	case 0: // new
+	case target.Generation:
+		h.told.replicas = len(target.InstanceNames())
+	default:
+		h.told.replicas = len(h.instances)
 	}
 	r.add(h)
 	return h
@@ -273,10 +287,14 @@ func (r *reconciler) end(ctx context.Context, h *hosted) (gone bool, err error) 
 		return false, err
 	}
 	h.rollout = rollout{}
+	why := whyGone
+	if h.target != nil && h.target.DeletionTimestamp != nil {
+		why = whyDeleted
+	}
 	var errs []error
 	for _, i := range h.descending() {
 		if i.run != nil {
-			errs = append(errs, r.stop(ctx, h, i, h.gracePeriod()))
+			errs = append(errs, r.stop(ctx, h, i, why))
 		} else {
 			errs = append(errs, r.remove(ctx, h, i))
 		}
@@ -291,12 +309,13 @@ func (r *reconciler) run(ctx context.Context, h *hosted) (time.Duration, error) 
 	}
 	var errs []error
 	names := h.target.InstanceNames()
+	r.tellScaled(h, len(names))
 	for _, i := range h.descending() {
 		switch {
 		case i.ordinal < len(names) && !i.removing:
 		case i.run != nil:
 			i.removing = true
-			errs = append(errs, r.stop(ctx, h, i, h.gracePeriod()))
+			errs = append(errs, r.stop(ctx, h, i, whyScaledDown))
 		default:
 			errs = append(errs, r.remove(ctx, h, i))
 		}
@@ -341,6 +360,8 @@ func (r *reconciler) run(ctx context.Context, h *hosted) (time.Duration, error) 
 			wake = sooner(wake, settleTime)
 		}
 	}
+	r.tellBackoffs(h)
+	r.tellRolledOut(h)
 	return wake, errors.Join(errs...)
 }
 
@@ -362,7 +383,7 @@ func (r *reconciler) rollOut(ctx context.Context, h *hosted, hash string) (wake 
 			wait = true
 			h.rollout.outdated = append(h.rollout.outdated, i)
 			// Once more, in case that it failed or the grace period is shorter.
-			errs = append(errs, r.stop(ctx, h, i, h.gracePeriod()))
+			errs = append(errs, r.stop(ctx, h, i, whyReplaced))
 		case i.hash != hash:
 			h.rollout.outdated = append(h.rollout.outdated, i)
 		default:
@@ -380,6 +401,7 @@ func (r *reconciler) rollOut(ctx context.Context, h *hosted, hash string) (wake 
 		h.rollout.stoppedAt = nil
 		return 0, nil
 	}
+	r.tellRollout(h, hash)
 	if wait {
 		return wake, errors.Join(errs...)
 	}
@@ -391,7 +413,7 @@ func (r *reconciler) rollOut(ctx context.Context, h *hosted, hash string) (wake 
 	}
 	klog.FromContext(ctx).Info("Replacing instance", "instance", i.name)
 	i.replacing = true
-	return 0, r.stop(ctx, h, i, h.gracePeriod())
+	return 0, r.stop(ctx, h, i, whyReplaced)
 }
 
 // observe takes in what the host knows of the instances.
@@ -399,11 +421,11 @@ func (r *reconciler) observe(ctx context.Context, h *hosted) error {
 	seen := map[string]driver.InstanceStatus{}
 	if h.host != nil {
 		if !h.host.ready.Load() {
-			return fmt.Errorf("the host for %s instances isn't ready yet", h.host.source)
+			return r.hostError(ctx, h, fmt.Errorf("the host for %s instances isn't ready yet", h.host.source))
 		}
 		list, err := h.host.List(ctx)
 		if err != nil {
-			return fmt.Errorf("listing the instances: %w", err)
+			return r.hostError(ctx, h, fmt.Errorf("listing the instances: %w", err))
 		}
 		for _, status := range list {
 			if status.ID.Target == h.uid {
@@ -426,9 +448,13 @@ func (r *reconciler) observe(ctx context.Context, h *hosted) error {
 	}
 	h.observed = true
 	now := r.clock.Now()
-	for name, i := range h.instances {
-		status, listed := seen[name]
+	for _, i := range h.ascending() { // events are in this order
+		status, listed := seen[i.name]
+		if status.Message != "" && status.Message != i.message {
+			r.tell(h, i, corev1.EventTypeWarning, eventImpaired, "Instance %s: %s", i.name, bounded(status.Message))
+		}
 		i.message = status.Message
+		asked := !i.stopBy.IsZero()
 		switch {
 		case listed && status.State.Running != nil:
 			if i.run == nil || i.since.IsZero() {
@@ -439,9 +465,11 @@ func (r *reconciler) observe(ctx context.Context, h *hosted) error {
 		case listed && status.State.Terminated != nil && (i.run != nil || i.ended == nil && !i.pending):
 			i.exited(status.State.Terminated, now)
 			r.logExit(ctx, i)
+			r.tellExited(h, i, asked)
 		case !listed && i.run != nil:
 			i.lost(now)
 			r.logExit(ctx, i)
+			r.tell(h, i, corev1.EventTypeWarning, eventAgentLost, "Instance %s is lost: %s", i.name, i.ended.Message)
 		}
 	}
 	return nil
@@ -464,9 +492,15 @@ func (r *reconciler) start(ctx context.Context, h *hosted, i *instance) error {
 	if err != nil {
 		i.failedToStart(err, now)
 		klog.FromContext(ctx).Info("Instance can't be started", "instance", i.name, "err", err.Error())
+		reason := eventStartError
+		if _, ok := errors.AsType[*portError](err); ok {
+			reason = eventPortUnavailable
+		}
+		r.tell(h, i, corev1.EventTypeWarning, reason, "Instance %s can't be started: %s", i.name, i.ended.Message)
 		return nil
 	}
 	i.started(now)
+	r.tell(h, i, corev1.EventTypeNormal, eventStarted, "Started instance %s", i.name)
 	klog.FromContext(ctx).V(2).Info("Instance started", "instance", i.name, "restarts", i.restarts)
 	return nil
 }
@@ -483,16 +517,20 @@ func (r *reconciler) tryStart(ctx context.Context, h *hosted, i *instance) error
 	return h.host.Start(ctx, driver.Instance{Target: i.target, Name: i.name, Ports: ports})
 }
 
-// stop asks an instance to end within the grace period. Asked again, it brings
-// the end forward, never back.
-func (r *reconciler) stop(ctx context.Context, h *hosted, i *instance, grace time.Duration) error {
+// stop asks an instance to end within the grace period, and tells why. Asked
+// again, it brings the end forward, never back.
+func (r *reconciler) stop(ctx context.Context, h *hosted, i *instance, why string) error {
+	grace := h.gracePeriod()
 	by := r.clock.Now().Add(grace)
 	if !i.stopBy.IsZero() && !by.Before(i.stopBy) {
 		return nil
 	}
 	klog.FromContext(ctx).V(2).Info("Stopping instance", "instance", i.name, "grace", grace)
 	if err := h.host.Stop(ctx, h.id(i), grace); err != nil {
-		return fmt.Errorf("stopping instance %s: %w", i.name, err)
+		return r.hostError(ctx, h, fmt.Errorf("stopping instance %s: %w", i.name, err))
+	}
+	if i.stopBy.IsZero() {
+		r.tell(h, i, corev1.EventTypeNormal, eventStopping, "Stopping instance %s within %s: %s", i.name, grace, why)
 	}
 	i.stopBy = by
 	return nil
@@ -502,7 +540,7 @@ func (r *reconciler) stop(ctx context.Context, h *hosted, i *instance, grace tim
 func (r *reconciler) remove(ctx context.Context, h *hosted, i *instance) error {
 	if h.host != nil {
 		if err := h.host.Remove(ctx, h.id(i)); err != nil && driver.KindOf(err) != driver.NotFound {
-			return fmt.Errorf("removing instance %s: %w", i.name, err)
+			return r.hostError(ctx, h, fmt.Errorf("removing instance %s: %w", i.name, err))
 		}
 	}
 	r.ports.release(h.id(i))

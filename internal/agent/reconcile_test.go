@@ -36,6 +36,7 @@ type bench struct {
 	clock   *clocktesting.FakeClock
 	indexer cache.Indexer
 	r       *reconciler
+	told    *fakeRecorder
 	// taken are the ports that other programs use.
 	taken map[int32]bool
 }
@@ -44,7 +45,7 @@ var began = time.Unix(1_700_000_000, 123_456_789)
 
 func newBench(t *testing.T) *bench {
 	fake := clocktesting.NewFakeClock(began)
-	b := &bench{T: t, api: newFakeAPI(t), clock: fake, host: newFakeHost(t, fake), taken: map[int32]bool{}}
+	b := &bench{T: t, api: newFakeAPI(t), clock: fake, host: newFakeHost(t, fake), told: &fakeRecorder{}, taken: map[int32]bool{}}
 	b.newAgent()
 	return b
 }
@@ -53,7 +54,7 @@ func newBench(t *testing.T) *bench {
 func (b *bench) newAgent() {
 	b.Helper()
 	agent, err := New(Options{
-		Name: "local", Client: b.api, Clock: b.clock,
+		Name: "local", Client: b.api, Clock: b.clock, Recorder: b.told,
 		PortRange: utilnet.PortRange{Base: 20000, Size: 5},
 	})
 	if err != nil {

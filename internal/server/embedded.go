@@ -8,10 +8,12 @@ import (
 	"sync"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/uuid"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/leaderelection"
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
 	"k8s.io/component-base/metrics/legacyregistry"
@@ -22,6 +24,7 @@ import (
 	"aaserver.io/aaserver/internal/agent"
 	"aaserver.io/aaserver/internal/driver"
 	"aaserver.io/aaserver/internal/driver/process"
+	"aaserver.io/aaserver/internal/recorder"
 )
 
 // How the Lease of an embedded agent passes on. A holder that can't renew it
@@ -40,6 +43,7 @@ type embeddedAgent struct {
 	logs        string
 	stopTimeout time.Duration
 	agent       *agent.Agent
+	events      *recorder.Recorder
 
 	mu   sync.RWMutex
 	host *process.Driver // guarded by mu; nil while the agent doesn't run here
@@ -52,14 +56,36 @@ func newEmbeddedAgent(name, logs string, stopTimeout time.Duration, config *gene
 	if err != nil {
 		return nil, err
 	}
-	embedded, err := agent.New(agent.Options{Name: name, Client: client})
+	events, err := newRecorder(config, corev1.EventSource{Component: "aaserver-agent", Host: name})
+	if err != nil {
+		return nil, err
+	}
+	embedded, err := agent.New(agent.Options{Name: name, Client: client, Recorder: events})
 	if err != nil {
 		return nil, err
 	}
 	if err := embedded.Register(legacyregistry.Register); err != nil {
 		return nil, err
 	}
-	return &embeddedAgent{name: name, logs: logs, stopTimeout: stopTimeout, agent: embedded}, nil
+	return &embeddedAgent{name: name, logs: logs, stopTimeout: stopTimeout, agent: embedded, events: events}, nil
+}
+
+// newRecorder returns a recorder of events, which its Run writes to the main
+// API, or without one to this server.
+func newRecorder(config *genericapiserver.RecommendedConfig, source corev1.EventSource) (*recorder.Recorder, error) {
+	api := config.ClientConfig
+	if api == nil {
+		api = config.LoopbackClientConfig
+	}
+	// With limits of its own: no event waits for what else is asked, or the
+	// other way round. They are those of a kubelet.
+	api = rest.CopyConfig(api)
+	api.RateLimiter, api.QPS, api.Burst = nil, 50, 100
+	client, err := kubernetes.NewForConfig(api)
+	if err != nil {
+		return nil, fmt.Errorf("a client for events: %w", err)
+	}
+	return recorder.New(recorder.Options{Client: client.CoreV1(), Source: source})
 }
 
 // driver finds the driver of a target, if this agent hosts it.
@@ -78,10 +104,30 @@ func (e *embeddedAgent) driver(target *v1.Target) (driver.Driver, error) {
 	return e.host, nil
 }
 
-// run runs the agent until ctx ends. Then, once served is closed, its processes
-// get a chance to end by themselves; it returns when nothing of them is left.
-// That held ends means that the agent is another server's: it ends everything at once.
-func (e *embeddedAgent) run(ctx, held context.Context, served <-chan struct{}) (err error) {
+// runOptions say what else an embedded agent goes by, beside its context.
+type runOptions struct {
+	// held ends when the agent has become another server's: everything of it is
+	// then ended at once. nil if it can't.
+	held context.Context
+	// served is closed when the API server has ended, and its streams with it.
+	served <-chan struct{}
+}
+
+// run runs the agent until ctx ends. Then, once the API server has ended, its
+// processes get a chance to end by themselves; it returns when nothing of them
+// is left.
+func (e *embeddedAgent) run(ctx context.Context, opts runOptions) (err error) {
+	held := opts.held
+	if held == nil {
+		held = context.WithoutCancel(ctx)
+	}
+	// Events of the agent's end are still written, while its processes end.
+	telling, told := context.WithCancel(context.WithoutCancel(ctx))
+	var writing sync.WaitGroup
+	writing.Go(func() { e.events.Run(telling) })
+	defer writing.Wait()
+	defer told()
+
 	host, err := process.New(process.Options{Dir: e.logs})
 	if err != nil {
 		return err
@@ -97,8 +143,9 @@ func (e *embeddedAgent) run(ctx, held context.Context, served <-chan struct{}) (
 	if err := e.agent.Run(agentCtx, map[string]driver.Host{v1.SourceProcess: host}); err != nil {
 		return err
 	}
+	told()
 	select {
-	case <-served: // its streams were told that the server ends, not their instances
+	case <-opts.served: // its streams were told that the server ends, not their instances
 	case <-held.Done():
 		return nil
 	}
@@ -168,7 +215,7 @@ func (e *embeddedAgent) lead(ctx context.Context, served <-chan struct{}, lock r
 		return nil
 	case held := <-leading:
 		log.Info("This server holds the agent's Lease", "agent", e.name)
-		err := e.run(ctx, held, served)
+		err := e.run(ctx, runOptions{held: held, served: served})
 		if ctx.Err() == nil {
 			log.Info("This server has lost the agent's Lease: its processes were ended", "agent", e.name)
 		}

@@ -188,7 +188,7 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 		defer close(served)
 		return failed("the API server", server.Generic.PrepareRun().RunWithContext(ctx))
 	})
-	group.Go(func() error { return failed("the agent", local.run(ctx, context.WithoutCancel(ctx), served)) })
+	group.Go(func() error { return failed("the agent", local.run(ctx, runOptions{served: served})) })
 	group.Go(func() error {
 		certificates.Run(ctx)
 		return nil
