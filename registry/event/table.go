@@ -2,7 +2,6 @@ package event
 
 import (
 	"context"
-	"fmt"
 	"strings"
 	"time"
 
@@ -10,6 +9,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/duration"
+
+	"aaserver.io/aaserver/registry/table"
 )
 
 // tableConvertor prints events as `kubectl get` shows them, in the columns that
@@ -31,31 +32,12 @@ var columns = []metav1.TableColumnDefinition{
 
 // ConvertToTable implements rest.TableConvertor.
 func (tableConvertor) ConvertToTable(_ context.Context, object, tableOptions runtime.Object) (*metav1.Table, error) {
-	table := &metav1.Table{}
-	if opts, ok := tableOptions.(*metav1.TableOptions); !ok || !opts.NoHeaders {
-		table.ColumnDefinitions = columns
-	}
-	switch object := object.(type) {
-	case *corev1.Event:
-		table.ResourceVersion = object.ResourceVersion
-		table.Rows = []metav1.TableRow{row(object)}
-	case *corev1.EventList:
-		table.ResourceVersion = object.ResourceVersion
-		table.Continue = object.Continue
-		table.RemainingItemCount = object.RemainingItemCount
-		table.Rows = make([]metav1.TableRow, 0, len(object.Items))
-		for i := range object.Items {
-			table.Rows = append(table.Rows, row(&object.Items[i]))
-		}
-	default:
-		return nil, fmt.Errorf("can't print a %T as events", object)
-	}
-	return table, nil
+	return table.Convert(object, tableOptions, columns, cells)
 }
 
-// row prints an event of either kind: the older has timestamps and a count, the
+// cells prints an event of either kind: the older has timestamps and a count, the
 // newer an eventTime and, if it happened again, a series.
-func row(event *corev1.Event) metav1.TableRow {
+func cells(event *corev1.Event) []any {
 	first := event.FirstTimestamp.Time
 	if first.IsZero() {
 		first = event.EventTime.Time
@@ -77,20 +59,17 @@ func row(event *corev1.Event) metav1.TableRow {
 	if host := firstOf(event.Source.Host, event.ReportingInstance); host != "" {
 		source += ", " + host
 	}
-	return metav1.TableRow{
-		Object: runtime.RawExtension{Object: event},
-		Cells: []any{
-			since(last),
-			event.Type,
-			event.Reason,
-			object,
-			event.InvolvedObject.FieldPath,
-			source,
-			strings.TrimSpace(event.Message),
-			since(first),
-			int64(count),
-			event.Name,
-		},
+	return []any{
+		since(last),
+		event.Type,
+		event.Reason,
+		object,
+		event.InvolvedObject.FieldPath,
+		source,
+		strings.TrimSpace(event.Message),
+		since(first),
+		int64(count),
+		event.Name,
 	}
 }
 

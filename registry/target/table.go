@@ -4,15 +4,15 @@ import (
 	"context"
 	"fmt"
 	"strings"
-	"time"
 
 	"k8s.io/apimachinery/pkg/api/meta"
+	metatable "k8s.io/apimachinery/pkg/api/meta/table"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/util/duration"
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/registry/table"
 )
 
 // tableConvertor prints targets as `kubectl get` shows them. Columns of
@@ -32,45 +32,23 @@ var columns = []metav1.TableColumnDefinition{
 
 // ConvertToTable implements rest.TableConvertor.
 func (tableConvertor) ConvertToTable(_ context.Context, object, tableOptions runtime.Object) (*metav1.Table, error) {
-	table := &metav1.Table{}
-	if opts, ok := tableOptions.(*metav1.TableOptions); !ok || !opts.NoHeaders {
-		table.ColumnDefinitions = columns
-	}
-	switch object := object.(type) {
-	case *api.Target:
-		table.ResourceVersion = object.ResourceVersion
-		table.Rows = []metav1.TableRow{row(object)}
-	case *api.TargetList:
-		table.ResourceVersion = object.ResourceVersion
-		table.Continue = object.Continue
-		table.RemainingItemCount = object.RemainingItemCount
-		table.Rows = make([]metav1.TableRow, 0, len(object.Items))
-		for i := range object.Items {
-			table.Rows = append(table.Rows, row(&object.Items[i]))
-		}
-	default:
-		return nil, fmt.Errorf("can't print a %T as targets", object)
-	}
-	return table, nil
+	return table.Convert(object, tableOptions, columns, cells)
 }
 
-func row(target *api.Target) metav1.TableRow {
+func cells(target *api.Target) []any {
 	ready := string(metav1.ConditionUnknown)
 	if c := meta.FindStatusCondition(target.Status.Conditions, v1.ConditionReady); c != nil {
 		ready = string(c.Status)
 	}
-	return metav1.TableRow{
-		Object: runtime.RawExtension{Object: target},
-		Cells: []any{
-			target.Name,
-			sourceOf(target),
-			ready,
-			fmt.Sprintf("%d/%d", target.Status.ReadyReplicas, wanted(target)),
-			age(target.CreationTimestamp),
-			orNone(portList(target.Spec.Ports)),
-			orNone(target.Spec.ClassName),
-			orNone(target.Spec.AgentName),
-		},
+	return []any{
+		target.Name,
+		sourceOf(target),
+		ready,
+		fmt.Sprintf("%d/%d", target.Status.ReadyReplicas, wanted(target)),
+		metatable.ConvertToHumanReadableDateType(target.CreationTimestamp),
+		orNone(portList(target.Spec.Ports)),
+		orNone(target.Spec.ClassName),
+		orNone(target.Spec.AgentName),
 	}
 }
 
@@ -98,13 +76,6 @@ func portList(ports []api.TargetPort) string {
 		list = append(list, s)
 	}
 	return strings.Join(list, ",")
-}
-
-func age(created metav1.Time) string {
-	if created.IsZero() {
-		return "<unknown>"
-	}
-	return duration.HumanDuration(time.Since(created.Time))
 }
 
 func orNone(s string) string {

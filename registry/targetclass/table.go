@@ -4,14 +4,14 @@ import (
 	"context"
 	"fmt"
 	"strings"
-	"time"
 
+	metatable "k8s.io/apimachinery/pkg/api/meta/table"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/util/duration"
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/registry/table"
 )
 
 // tableConvertor prints classes as `kubectl get` shows them. Columns of
@@ -30,29 +30,10 @@ var columns = []metav1.TableColumnDefinition{
 
 // ConvertToTable implements rest.TableConvertor.
 func (tableConvertor) ConvertToTable(_ context.Context, object, tableOptions runtime.Object) (*metav1.Table, error) {
-	table := &metav1.Table{}
-	if opts, ok := tableOptions.(*metav1.TableOptions); !ok || !opts.NoHeaders {
-		table.ColumnDefinitions = columns
-	}
-	switch object := object.(type) {
-	case *api.TargetClass:
-		table.ResourceVersion = object.ResourceVersion
-		table.Rows = []metav1.TableRow{row(object)}
-	case *api.TargetClassList:
-		table.ResourceVersion = object.ResourceVersion
-		table.Continue = object.Continue
-		table.RemainingItemCount = object.RemainingItemCount
-		table.Rows = make([]metav1.TableRow, 0, len(object.Items))
-		for i := range object.Items {
-			table.Rows = append(table.Rows, row(&object.Items[i]))
-		}
-	default:
-		return nil, fmt.Errorf("can't print a %T as classes", object)
-	}
-	return table, nil
+	return table.Convert(object, tableOptions, columns, cells)
 }
 
-func row(class *api.TargetClass) metav1.TableRow {
+func cells(class *api.TargetClass) []any {
 	spec := &class.Spec
 	users := spec.Users
 	if spec.AgentUser {
@@ -62,17 +43,14 @@ func row(class *api.TargetClass) metav1.TableRow {
 	if class.Annotations[v1.AnnotationDefaultClass] == "true" {
 		byDefault = "true"
 	}
-	return metav1.TableRow{
-		Object: runtime.RawExtension{Object: class},
-		Cells: []any{
-			class.Name,
-			byDefault,
-			listed(spec.Sources),
-			listed(spec.Agents),
-			age(class.CreationTimestamp),
-			listed(users),
-			portsOf(&spec.Ports),
-		},
+	return []any{
+		class.Name,
+		byDefault,
+		listed(spec.Sources),
+		listed(spec.Agents),
+		metatable.ConvertToHumanReadableDateType(class.CreationTimestamp),
+		listed(users),
+		portsOf(&spec.Ports),
 	}
 }
 
@@ -108,11 +86,4 @@ func listed(items []string) string {
 		return fmt.Sprintf("%s + %d more", strings.Join(items[:most], ","), len(items)-most)
 	}
 	return strings.Join(items, ",")
-}
-
-func age(created metav1.Time) string {
-	if created.IsZero() {
-		return "<unknown>"
-	}
-	return duration.HumanDuration(time.Since(created.Time))
 }
