@@ -135,7 +135,7 @@ func (r *reconciler) tellRolledOut(h *hosted) {
 // returned.
 func (r *reconciler) hostError(ctx context.Context, h *hosted, err error) error {
 	if ctx.Err() == nil {
-		r.tell(h, nil, corev1.EventTypeWarning, eventHostError, "The host for %s instances: %s", h.host.source, bounded(err.Error()))
+		r.tell(h, nil, corev1.EventTypeWarning, eventHostError, "Agent %s: %s", r.name, bounded(err.Error()))
 	}
 	return err
 }

@@ -334,12 +334,16 @@ func TestEvents(t *testing.T) {
 			}
 			b.host.listErr = driver.Errorf(driver.Unavailable, "the daemon isn't running")
 			fails("listing")
-			b.want("events", b.told.take(), []string{"Warning HostError: The host for process instances: listing the instances: the daemon isn't running"})
+			b.want("events", b.told.take(), []string{"Warning HostError: Agent local: listing the instances: the daemon isn't running"})
 			b.host.listErr, b.host.stopErr = nil, driver.Errorf(driver.Internal, "it doesn't hear")
 			b.api.delete("web")
 			fails("stopping")
-			b.want("events", b.told.take(), []string{"Warning HostError: The host for process instances: stopping instance web-0: it doesn't hear"})
+			b.want("events", b.told.take(), []string{"Warning HostError: Agent local: stopping instance web-0: it doesn't hear"})
 			b.host.stopErr = nil
+			b.r.hosts[v1.SourceProcess].ready.Store(false)
+			fails("a host that hasn't begun")
+			b.want("events", b.told.take(), []string{"Warning HostError: Agent local: the host for process instances isn't ready yet"})
+			b.r.hosts[v1.SourceProcess].ready.Store(true)
 			b.settle("web")
 			b.want("events", b.told.take(), []string{
 				"Normal Stopping: Stopping instance web-0 within 30s: the target is being deleted",
