@@ -2,13 +2,8 @@ package agent
 
 import (
 	"context"
-	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/client-go/tools/reference"
-	"k8s.io/klog/v2"
-
-	"aaserver.io/aaserver/apis/generated/clientset/versioned/scheme"
 )
 
 // Reasons of events. They are listed in docs/targets.md.
@@ -48,23 +43,14 @@ type told struct {
 
 const unknown = -1
 
-// tell records an event about a target, or one instance of it. Messages hold
-// nothing that differs each time: the same ones are counted, and 256 instances
-// are combined.
-func (r *reconciler) tell(h *hosted, i *instance, kind, reason, format string, args ...any) {
-	if r.events == nil || h.target == nil {
-		return
+// tell records an event about a target. Messages name the instance, and hold
+// nothing that differs each time: the same ones are counted, and those of 256
+// instances are combined. The reference names none: `kubectl describe` would put
+// that before each message.
+func (r *reconciler) tell(h *hosted, kind, reason, format string, args ...any) {
+	if r.events != nil && h.target != nil {
+		r.events.Eventf(h.target, kind, reason, format, args...)
 	}
-	fieldPath := ""
-	if i != nil {
-		fieldPath = fmt.Sprintf("status.instances{%s}", i.name)
-	}
-	about, err := reference.GetPartialReference(scheme.Scheme, h.target, fieldPath)
-	if err != nil {
-		klog.Background().Error(err, "An event about what isn't a target", "reason", reason)
-		return
-	}
-	r.events.Eventf(about, kind, reason, format, args...)
 }
 
 // tellScaled tells that another number of instances is wanted.
@@ -72,9 +58,9 @@ func (r *reconciler) tellScaled(h *hosted, replicas int) {
 	switch from := h.told.replicas; {
 	case from == unknown:
 	case from < replicas:
-		r.tell(h, nil, corev1.EventTypeNormal, eventScaled, "Scaled up from %d to %d instances", from, replicas)
+		r.tell(h, corev1.EventTypeNormal, eventScaled, "Scaled up from %d to %d instances", from, replicas)
 	case from > replicas:
-		r.tell(h, nil, corev1.EventTypeNormal, eventScaled, "Scaled down from %d to %d instances", from, replicas)
+		r.tell(h, corev1.EventTypeNormal, eventScaled, "Scaled down from %d to %d instances", from, replicas)
 	}
 	h.told.replicas = replicas
 }
@@ -86,7 +72,7 @@ func (r *reconciler) tellExited(h *hosted, i *instance, asked bool) {
 	if asked || i.ended.ExitCode == 0 {
 		kind = corev1.EventTypeNormal
 	}
-	r.tell(h, i, kind, eventExited, "Instance %s %s", i.name, how(i.ended))
+	r.tell(h, kind, eventExited, "Instance %s %s", i.name, how(i.ended))
 }
 
 // tellBackoffs tells of each back-off once, as it begins.
@@ -101,7 +87,7 @@ func (r *reconciler) tellBackoffs(h *hosted) {
 		if i.ended.Reason == reasonStartError {
 			why = "it couldn't be started" // another event tells the rest
 		}
-		r.tell(h, i, corev1.EventTypeWarning, eventBackOff, "Back-off %s before instance %s is started again: %s", i.delay, i.name, why)
+		r.tell(h, corev1.EventTypeWarning, eventBackOff, "Back-off %s before instance %s is started again: %s", i.delay, i.name, why)
 	}
 }
 
@@ -109,11 +95,11 @@ func (r *reconciler) tellBackoffs(h *hosted) {
 func (r *reconciler) tellRollout(h *hosted, hash string) {
 	if h.told.rollout != hash {
 		h.told.rollout, h.told.stoppedAt = hash, ""
-		r.tell(h, nil, corev1.EventTypeNormal, eventRolloutStarted, "Instances to be replaced by the present spec, one at a time: %d", len(h.rollout.outdated))
+		r.tell(h, corev1.EventTypeNormal, eventRolloutStarted, "Instances to be replaced by the present spec, one at a time: %d", len(h.rollout.outdated))
 	}
 	if broken := h.rollout.stoppedAt; broken != nil && h.told.stoppedAt != broken.name {
 		h.told.stoppedAt = broken.name
-		r.tell(h, nil, corev1.EventTypeWarning, eventRolloutStopped, "%s", h.progressingCondition().Message)
+		r.tell(h, corev1.EventTypeWarning, eventRolloutStopped, "%s", h.progressingCondition().Message)
 	}
 }
 
@@ -128,14 +114,14 @@ func (r *reconciler) tellRolledOut(h *hosted) {
 		}
 	}
 	h.told.rollout = ""
-	r.tell(h, nil, corev1.EventTypeNormal, eventRolloutComplete, "Every instance is of the present spec")
+	r.tell(h, corev1.EventTypeNormal, eventRolloutComplete, "Every instance is of the present spec")
 }
 
 // hostError tells that a host doesn't do what is asked of it. The error is
 // returned.
 func (r *reconciler) hostError(ctx context.Context, h *hosted, err error) error {
 	if ctx.Err() == nil {
-		r.tell(h, nil, corev1.EventTypeWarning, eventHostError, "Agent %s: %s", r.name, bounded(err.Error()))
+		r.tell(h, corev1.EventTypeWarning, eventHostError, "Agent %s: %s", r.name, bounded(err.Error()))
 	}
 	return err
 }

@@ -451,7 +451,7 @@ func (r *reconciler) observe(ctx context.Context, h *hosted) error {
 	for _, i := range h.ascending() { // events are in this order
 		status, listed := seen[i.name]
 		if status.Message != "" && status.Message != i.message {
-			r.tell(h, i, corev1.EventTypeWarning, eventImpaired, "Instance %s: %s", i.name, bounded(status.Message))
+			r.tell(h, corev1.EventTypeWarning, eventImpaired, "Instance %s: %s", i.name, bounded(status.Message))
 		}
 		i.message = status.Message
 		asked := !i.stopBy.IsZero()
@@ -469,7 +469,7 @@ func (r *reconciler) observe(ctx context.Context, h *hosted) error {
 		case !listed && i.run != nil:
 			i.lost(now)
 			r.logExit(ctx, i)
-			r.tell(h, i, corev1.EventTypeWarning, eventAgentLost, "Instance %s is lost: %s", i.name, i.ended.Message)
+			r.tell(h, corev1.EventTypeWarning, eventAgentLost, "Instance %s is lost: %s", i.name, i.ended.Message)
 		}
 	}
 	return nil
@@ -496,11 +496,11 @@ func (r *reconciler) start(ctx context.Context, h *hosted, i *instance) error {
 		if _, ok := errors.AsType[*portError](err); ok {
 			reason = eventPortUnavailable
 		}
-		r.tell(h, i, corev1.EventTypeWarning, reason, "Instance %s can't be started: %s", i.name, i.ended.Message)
+		r.tell(h, corev1.EventTypeWarning, reason, "Instance %s can't be started: %s", i.name, i.ended.Message)
 		return nil
 	}
 	i.started(now)
-	r.tell(h, i, corev1.EventTypeNormal, eventStarted, "Started instance %s", i.name)
+	r.tell(h, corev1.EventTypeNormal, eventStarted, "Started instance %s", i.name)
 	klog.FromContext(ctx).V(2).Info("Instance started", "instance", i.name, "restarts", i.restarts)
 	return nil
 }
@@ -530,7 +530,7 @@ func (r *reconciler) stop(ctx context.Context, h *hosted, i *instance, why strin
 		return r.hostError(ctx, h, fmt.Errorf("stopping instance %s: %w", i.name, err))
 	}
 	if i.stopBy.IsZero() {
-		r.tell(h, i, corev1.EventTypeNormal, eventStopping, "Stopping instance %s within %s: %s", i.name, grace, why)
+		r.tell(h, corev1.EventTypeNormal, eventStopping, "Stopping instance %s within %s: %s", i.name, grace, why)
 	}
 	i.stopBy = by
 	return nil
