@@ -14,11 +14,11 @@ mkdir -p "$generated"
 
 echo "deepcopy, defaults, conversions"
 go tool deepcopy-gen --go-header-file "$header" --output-file zz_generated.deepcopy.go \
-  ./apis/streaming ./apis/streaming/v1
+  ./apis/streaming ./apis/streaming/v1 ./apis/streaming/v1alpha1
 go tool defaulter-gen --go-header-file "$header" --output-file zz_generated.defaults.go \
-  ./apis/streaming/v1
+  ./apis/streaming/v1 ./apis/streaming/v1alpha1
 go tool conversion-gen --go-header-file "$header" --output-file zz_generated.conversion.go \
-  ./apis/streaming/v1
+  ./apis/streaming/v1 ./apis/streaming/v1alpha1
 
 # go-to-protobuf finds packages and writes files by their import paths, below
 # one directory, and runs its other parts from the PATH.
@@ -36,7 +36,7 @@ done
 PATH="$sources/bin:$PATH" go tool go-to-protobuf --go-header-file "$header" \
   --output-dir "$sources" --proto-import "$sources" --proto-import "$sources/github.com/gogo/protobuf/protobuf" \
   --apimachinery-packages "$(printf -- '-%s,' k8s.io/apimachinery/pkg/{util/intstr,api/resource,runtime/schema,runtime,apis/meta/v1} k8s.io/api/core/v1 | sed 's/,$//')" \
-  --packages "$module/apis/streaming/v1"
+  --packages "$module/apis/streaming/v1,$module/apis/streaming/v1alpha1"
 
 echo "OpenAPI"
 go tool openapi-gen --go-header-file "$header" --output-file zz_generated.openapi.go \
@@ -46,7 +46,7 @@ go tool openapi-gen --go-header-file "$header" --output-file zz_generated.openap
   --readonly-pkg k8s.io/api/autoscaling/v1 --readonly-pkg k8s.io/api/authorization/v1 \
   --readonly-pkg k8s.io/apimachinery/pkg/api/resource --readonly-pkg k8s.io/apimachinery/pkg/apis/meta/v1 \
   --readonly-pkg k8s.io/apimachinery/pkg/runtime --readonly-pkg k8s.io/apimachinery/pkg/version \
-  ./apis/streaming/v1 \
+  ./apis/streaming/v1 ./apis/streaming/v1alpha1 \
   k8s.io/api/authorization/v1 k8s.io/api/autoscaling/v1 \
   k8s.io/apimachinery/pkg/api/resource k8s.io/apimachinery/pkg/apis/meta/v1 \
   k8s.io/apimachinery/pkg/runtime k8s.io/apimachinery/pkg/version
@@ -54,16 +54,16 @@ go tool openapi-gen --go-header-file "$header" --output-file zz_generated.openap
 echo "apply configurations, clientset, listers, informers"
 go tool applyconfiguration-gen --go-header-file "$header" \
   --output-dir "$generated/applyconfiguration" --output-pkg "$module/$generated/applyconfiguration" \
-  ./apis/streaming/v1
+  ./apis/streaming/v1 ./apis/streaming/v1alpha1
 go tool client-gen --go-header-file "$header" \
   --output-dir "$generated/clientset" --output-pkg "$module/$generated/clientset" \
   --clientset-name versioned --prefers-protobuf --apply-configuration-package "$module/$generated/applyconfiguration" \
-  --input-base "$PWD/apis" --input streaming/v1
+  --input-base "$PWD/apis" --input streaming/v1 --input streaming/v1alpha1
 go tool lister-gen --go-header-file "$header" \
   --output-dir "$generated/listers" --output-pkg "$module/$generated/listers" \
-  ./apis/streaming/v1
+  ./apis/streaming/v1 ./apis/streaming/v1alpha1
 go tool informer-gen --go-header-file "$header" \
   --output-dir "$generated/informers" --output-pkg "$module/$generated/informers" \
   --versioned-clientset-package "$module/$generated/clientset/versioned" \
   --listers-package "$module/$generated/listers" \
-  ./apis/streaming/v1
+  ./apis/streaming/v1 ./apis/streaming/v1alpha1

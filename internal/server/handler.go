@@ -2,17 +2,21 @@ package server
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/sets"
+	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/endpoints/responsewriter"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/apiserver/pkg/server/filters"
+	"k8s.io/apiserver/pkg/warning"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/apis/streaming/v1alpha1"
 )
 
 // secondNames are the subresources of targets that have a second name, by it.
@@ -34,8 +38,23 @@ var longRunning = filters.BasicLongRunningRequestCheck(
 // buildHandlerChain puts the rewriting of second names before all else, so that
 // authorization, admission and audit see one name for one thing.
 func buildHandlerChain(api http.Handler, config *genericapiserver.Config) http.Handler {
-	return withCanonicalNames(withShortStatuses(genericapiserver.DefaultBuildHandlerChain(api, config)))
+	return withCanonicalNames(withShortStatuses(genericapiserver.DefaultBuildHandlerChain(withDeprecation(api), config)))
 }
+
+// withDeprecation warns whoever uses v1alpha1. The generic server's own warning
+// names the version of Kubernetes that a kind is deprecated in, which has no
+// meaning for a group of ours, and would be about Scale for scale.
+func withDeprecation(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		info, ok := request.RequestInfoFrom(r.Context())
+		if ok && info.IsResourceRequest && info.APIGroup == v1alpha1.GroupName && info.APIVersion == v1alpha1.SchemeGroupVersion.Version && info.Resource == "targets" {
+			warning.AddWarning(r.Context(), "", deprecation)
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+var deprecation = fmt.Sprintf("%s Target is deprecated; use %s Target", v1alpha1.SchemeGroupVersion, v1.SchemeGroupVersion)
 
 func withCanonicalNames(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -22,6 +22,7 @@ import (
 
 	"aaserver.io/aaserver/apis/generated/openapi"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/apis/streaming/v1alpha1"
 	"aaserver.io/aaserver/internal/version"
 	"aaserver.io/aaserver/registry/access"
 	"aaserver.io/aaserver/registry/event"
@@ -121,10 +122,12 @@ func (c completedConfig) New() (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	resources := target.NewStorage(c.extra.Stores.Targets, c.extra.Target).Map()
+	targets := target.NewStorage(c.extra.Stores.Targets, c.extra.Target).Map()
+	resources := maps.Clone(targets)
 	resources["targetclasses"] = c.extra.Stores.Classes
 	group := genericapiserver.NewDefaultAPIGroupInfo(v1.GroupName, Scheme, ParameterCodec, Codecs)
 	group.VersionedResourcesStorageMap[v1.SchemeGroupVersion.Version] = resources
+	group.VersionedResourcesStorageMap[v1alpha1.SchemeGroupVersion.Version] = targets
 	if err := server.InstallAPIGroup(&group); err != nil {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/util/managedfields"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+	"k8s.io/apiserver/pkg/endpoints/request"
 	genericregistry "k8s.io/apiserver/pkg/registry/generic/registry"
 	"k8s.io/apiserver/pkg/registry/rest"
 	"k8s.io/utils/ptr"
@@ -19,12 +20,14 @@ import (
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/apis/streaming/v1alpha1"
 )
 
 // replicasPaths says where each served version has the replicas, so that their
 // owner is known when they are changed through scale.
 var replicasPaths = managedfields.ResourcePathMappings{
-	v1.SchemeGroupVersion.String(): fieldpath.MakePathOrDie("spec", "replicas"),
+	v1.SchemeGroupVersion.String():       fieldpath.MakePathOrDie("spec", "replicas"),
+	v1alpha1.SchemeGroupVersion.String(): fieldpath.MakePathOrDie("spec", "replicas"),
 }
 
 // ScaleREST is the scale subresource. It is a Patcher and no more: a lister
@@ -89,7 +92,7 @@ func (s *scaledTarget) Preconditions() *metav1.Preconditions { return s.scale.Pr
 // UpdatedObject implements rest.UpdatedObjectInfo.
 func (s *scaledTarget) UpdatedObject(ctx context.Context, old runtime.Object) (runtime.Object, error) {
 	target := old.(*api.Target).DeepCopy()
-	handler := managedfields.NewScaleHandler(target.ManagedFields, v1.SchemeGroupVersion, replicasPaths)
+	handler := managedfields.NewScaleHandler(target.ManagedFields, versionOf(ctx), replicasPaths)
 
 	oldScale := scaleOf(target)
 	var err error
@@ -118,6 +121,18 @@ func (s *scaledTarget) UpdatedObject(ctx context.Context, old runtime.Object) (r
 		return nil, err
 	}
 	return target, nil
+}
+
+// versionOf returns the version that a request is in: the owner of the replicas
+// is recorded with it.
+func versionOf(ctx context.Context) schema.GroupVersion {
+	if info, ok := request.RequestInfoFrom(ctx); ok {
+		version := schema.GroupVersion{Group: info.APIGroup, Version: info.APIVersion}
+		if _, served := replicasPaths[version.String()]; served {
+			return version
+		}
+	}
+	return v1.SchemeGroupVersion
 }
 
 func validateScale(scale, old *autoscalingv1.Scale, target *api.Target) field.ErrorList {

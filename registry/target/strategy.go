@@ -17,6 +17,7 @@ import (
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/apis/streaming/v1alpha1"
 	"aaserver.io/aaserver/apis/streaming/validation"
 )
 
@@ -129,9 +130,7 @@ func (strategy) CheckGracefulDelete(_ context.Context, obj runtime.Object, optio
 // GetResetFields implements rest.ResetFieldsStrategy: nobody comes to own the
 // status by applying the main resource.
 func (strategy) GetResetFields() map[fieldpath.APIVersion]*fieldpath.Set {
-	return map[fieldpath.APIVersion]*fieldpath.Set{
-		fieldpath.APIVersion(v1.SchemeGroupVersion.String()): fieldpath.NewSet(fieldpath.MakePathOrDie("status")),
-	}
+	return inEveryVersion(fieldpath.NewSet(fieldpath.MakePathOrDie("status")))
 }
 
 // statusStrategy is how the status subresource is updated.
@@ -153,14 +152,21 @@ func (statusStrategy) ValidateUpdate(_ context.Context, obj, old runtime.Object)
 
 // GetResetFields implements rest.ResetFieldsStrategy.
 func (statusStrategy) GetResetFields() map[fieldpath.APIVersion]*fieldpath.Set {
+	return inEveryVersion(fieldpath.NewSet(
+		fieldpath.MakePathOrDie("spec"),
+		fieldpath.MakePathOrDie("metadata", "labels"),
+		fieldpath.MakePathOrDie("metadata", "annotations"),
+		fieldpath.MakePathOrDie("metadata", "finalizers"),
+		fieldpath.MakePathOrDie("metadata", "ownerReferences"),
+	))
+}
+
+// inEveryVersion is a set of fields that the served versions have at the same
+// paths.
+func inEveryVersion(fields *fieldpath.Set) map[fieldpath.APIVersion]*fieldpath.Set {
 	return map[fieldpath.APIVersion]*fieldpath.Set{
-		fieldpath.APIVersion(v1.SchemeGroupVersion.String()): fieldpath.NewSet(
-			fieldpath.MakePathOrDie("spec"),
-			fieldpath.MakePathOrDie("metadata", "labels"),
-			fieldpath.MakePathOrDie("metadata", "annotations"),
-			fieldpath.MakePathOrDie("metadata", "finalizers"),
-			fieldpath.MakePathOrDie("metadata", "ownerReferences"),
-		),
+		fieldpath.APIVersion(v1.SchemeGroupVersion.String()):       fields,
+		fieldpath.APIVersion(v1alpha1.SchemeGroupVersion.String()): fields,
 	}
 }
 

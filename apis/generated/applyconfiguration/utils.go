@@ -21,7 +21,9 @@ package applyconfiguration
 import (
 	internal "aaserver.io/aaserver/apis/generated/applyconfiguration/internal"
 	streamingv1 "aaserver.io/aaserver/apis/generated/applyconfiguration/streaming/v1"
+	streamingv1alpha1 "aaserver.io/aaserver/apis/generated/applyconfiguration/streaming/v1alpha1"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	v1alpha1 "aaserver.io/aaserver/apis/streaming/v1alpha1"
 	runtime "k8s.io/apimachinery/pkg/runtime"
 	schema "k8s.io/apimachinery/pkg/runtime/schema"
 	managedfields "k8s.io/apimachinery/pkg/util/managedfields"
@@ -84,6 +86,32 @@ func ForKind(kind schema.GroupVersionKind) interface{} {
 		return &streamingv1.TCPSourceApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("TCPTLS"):
 		return &streamingv1.TCPTLSApplyConfiguration{}
+
+		// Group=streaming.aaserver.io, Version=v1alpha1
+	case v1alpha1.SchemeGroupVersion.WithKind("Endpoint"):
+		return &streamingv1alpha1.EndpointApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("EnvVar"):
+		return &streamingv1alpha1.EnvVarApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("InstancePort"):
+		return &streamingv1alpha1.InstancePortApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("InstanceState"):
+		return &streamingv1alpha1.InstanceStateApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("InstanceStateRunning"):
+		return &streamingv1alpha1.InstanceStateRunningApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("InstanceStateTerminated"):
+		return &streamingv1alpha1.InstanceStateTerminatedApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("InstanceStateWaiting"):
+		return &streamingv1alpha1.InstanceStateWaitingApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("InstanceStatus"):
+		return &streamingv1alpha1.InstanceStatusApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("Target"):
+		return &streamingv1alpha1.TargetApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("TargetPort"):
+		return &streamingv1alpha1.TargetPortApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("TargetSpec"):
+		return &streamingv1alpha1.TargetSpecApplyConfiguration{}
+	case v1alpha1.SchemeGroupVersion.WithKind("TargetStatus"):
+		return &streamingv1alpha1.TargetStatusApplyConfiguration{}
 
 	}
 	return nil

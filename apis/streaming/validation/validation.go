@@ -23,6 +23,7 @@ import (
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/apis/streaming/v1alpha1"
 )
 
 const (
@@ -76,6 +77,7 @@ var (
 // ValidateTarget validates a new target.
 func ValidateTarget(target *api.Target) field.ErrorList {
 	errs := apivalidation.ValidateObjectMeta(&target.ObjectMeta, true, validateTargetName, field.NewPath("metadata"))
+	errs = append(errs, validateCarried(target.Annotations, nil)...)
 	return append(errs, validateSpec(&target.Spec, target.Name, field.NewPath("spec"))...)
 }
 
@@ -84,6 +86,7 @@ func ValidateTarget(target *api.Target) field.ErrorList {
 // finalizer from being removed.
 func ValidateTargetUpdate(newTarget, oldTarget *api.Target) field.ErrorList {
 	errs := apivalidation.ValidateObjectMetaUpdate(&newTarget.ObjectMeta, &oldTarget.ObjectMeta, field.NewPath("metadata"))
+	errs = append(errs, validateCarried(newTarget.Annotations, oldTarget.Annotations)...)
 	newSpec, oldSpec, p := &newTarget.Spec, &oldTarget.Spec, field.NewPath("spec")
 	if apiequality.Semantic.DeepEqual(newSpec, oldSpec) {
 		return errs
@@ -111,6 +114,25 @@ func validateTargetName(name string, prefix bool) []string {
 		return []string{content.MaxLenError(limit)}
 	}
 	return apivalidation.NameIsDNSLabel(name, prefix)
+}
+
+// validateCarried refuses what conversion carries in annotations, because the
+// hub has no place for it, unless it was there before.
+func validateCarried(annotations, old map[string]string) field.ErrorList {
+	var errs field.ErrorList
+	added := func(key string) (string, bool) {
+		value, ok := annotations[key]
+		before, had := old[key]
+		return value, ok && (!had || value != before)
+	}
+	if text, ok := added(v1alpha1.AnnotationSettings); ok {
+		errs = append(errs, v1alpha1.ValidateSettings(text, field.NewPath("spec"))...)
+	}
+	if _, ok := added(v1alpha1.AnnotationSources); ok {
+		errs = append(errs, field.Forbidden(field.NewPath("metadata", "annotations").Key(v1alpha1.AnnotationSources),
+			v1alpha1.ReservedDetail))
+	}
+	return errs
 }
 
 func sourcesOf(spec *api.TargetSpec) []string {

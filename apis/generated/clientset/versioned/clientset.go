@@ -23,6 +23,7 @@ import (
 	http "net/http"
 
 	streamingv1 "aaserver.io/aaserver/apis/generated/clientset/versioned/typed/streaming/v1"
+	streamingv1alpha1 "aaserver.io/aaserver/apis/generated/clientset/versioned/typed/streaming/v1alpha1"
 	discovery "k8s.io/client-go/discovery"
 	rest "k8s.io/client-go/rest"
 	flowcontrol "k8s.io/client-go/util/flowcontrol"
@@ -31,17 +32,24 @@ import (
 type Interface interface {
 	Discovery() discovery.DiscoveryInterfaces
 	StreamingV1() streamingv1.StreamingV1Interface
+	StreamingV1alpha1() streamingv1alpha1.StreamingV1alpha1Interface
 }
 
 // Clientset contains the clients for groups.
 type Clientset struct {
 	*discovery.DiscoveryClient
-	streamingV1 *streamingv1.StreamingV1Client
+	streamingV1       *streamingv1.StreamingV1Client
+	streamingV1alpha1 *streamingv1alpha1.StreamingV1alpha1Client
 }
 
 // StreamingV1 retrieves the StreamingV1Client
 func (c *Clientset) StreamingV1() streamingv1.StreamingV1Interface {
 	return c.streamingV1
+}
+
+// StreamingV1alpha1 retrieves the StreamingV1alpha1Client
+func (c *Clientset) StreamingV1alpha1() streamingv1alpha1.StreamingV1alpha1Interface {
+	return c.streamingV1alpha1
 }
 
 // Discovery retrieves the DiscoveryClient
@@ -92,6 +100,10 @@ func NewForConfigAndClient(c *rest.Config, httpClient *http.Client) (*Clientset,
 	if err != nil {
 		return nil, err
 	}
+	cs.streamingV1alpha1, err = streamingv1alpha1.NewForConfigAndClient(&configShallowCopy, httpClient)
+	if err != nil {
+		return nil, err
+	}
 
 	cs.DiscoveryClient, err = discovery.NewDiscoveryClientForConfigAndClient(&configShallowCopy, httpClient)
 	if err != nil {
@@ -114,6 +126,7 @@ func NewForConfigOrDie(c *rest.Config) *Clientset {
 func New(c rest.Interface) *Clientset {
 	var cs Clientset
 	cs.streamingV1 = streamingv1.New(c)
+	cs.streamingV1alpha1 = streamingv1alpha1.New(c)
 
 	cs.DiscoveryClient = discovery.NewDiscoveryClient(c)
 	return &cs

@@ -22,6 +22,7 @@ import (
 	fmt "fmt"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	v1alpha1 "aaserver.io/aaserver/apis/streaming/v1alpha1"
 	schema "k8s.io/apimachinery/pkg/runtime/schema"
 	cache "k8s.io/client-go/tools/cache"
 )
@@ -57,6 +58,10 @@ func (f *sharedInformerFactory) ForResource(resource schema.GroupVersionResource
 		return &genericInformer{resource: resource.GroupResource(), informer: f.Streaming().V1().Targets().Informer()}, nil
 	case v1.SchemeGroupVersion.WithResource("targetclasses"):
 		return &genericInformer{resource: resource.GroupResource(), informer: f.Streaming().V1().TargetClasses().Informer()}, nil
+
+		// Group=streaming.aaserver.io, Version=v1alpha1
+	case v1alpha1.SchemeGroupVersion.WithResource("targets"):
+		return &genericInformer{resource: resource.GroupResource(), informer: f.Streaming().V1alpha1().Targets().Informer()}, nil
 
 	}
 

@@ -23,6 +23,8 @@ import (
 	clientset "aaserver.io/aaserver/apis/generated/clientset/versioned"
 	streamingv1 "aaserver.io/aaserver/apis/generated/clientset/versioned/typed/streaming/v1"
 	fakestreamingv1 "aaserver.io/aaserver/apis/generated/clientset/versioned/typed/streaming/v1/fake"
+	streamingv1alpha1 "aaserver.io/aaserver/apis/generated/clientset/versioned/typed/streaming/v1alpha1"
+	fakestreamingv1alpha1 "aaserver.io/aaserver/apis/generated/clientset/versioned/typed/streaming/v1alpha1/fake"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/watch"
@@ -139,4 +141,9 @@ var (
 // StreamingV1 retrieves the StreamingV1Client
 func (c *Clientset) StreamingV1() streamingv1.StreamingV1Interface {
 	return &fakestreamingv1.FakeStreamingV1{Fake: &c.Fake}
+}
+
+// StreamingV1alpha1 retrieves the StreamingV1alpha1Client
+func (c *Clientset) StreamingV1alpha1() streamingv1alpha1.StreamingV1alpha1Interface {
+	return &fakestreamingv1alpha1.FakeStreamingV1alpha1{Fake: &c.Fake}
 }

@@ -20,6 +20,7 @@ package fake
 
 import (
 	streamingv1 "aaserver.io/aaserver/apis/streaming/v1"
+	streamingv1alpha1 "aaserver.io/aaserver/apis/streaming/v1alpha1"
 	v1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtime "k8s.io/apimachinery/pkg/runtime"
 	schema "k8s.io/apimachinery/pkg/runtime/schema"
@@ -32,6 +33,7 @@ var codecs = serializer.NewCodecFactory(scheme)
 
 var localSchemeBuilder = runtime.SchemeBuilder{
 	streamingv1.AddToScheme,
+	streamingv1alpha1.AddToScheme,
 }
 
 // AddToScheme adds all types of this clientset into the given scheme. This allows composition
