@@ -2,19 +2,26 @@ package install
 
 import (
 	"math/rand"
+	"slices"
+	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	autoscalingv1 "k8s.io/api/autoscaling/v1"
 	"k8s.io/apimachinery/pkg/api/apitesting/fuzzer"
 	"k8s.io/apimachinery/pkg/api/apitesting/roundtrip"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	metafuzzer "k8s.io/apimachinery/pkg/apis/meta/fuzzer"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/runtime/serializer/cbor"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/randfill"
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/apis/streaming/v1alpha1"
 )
 
 // fuzzerFuncs make what decoding would have filled in: objects that lack it
@@ -47,24 +54,107 @@ func fuzzerFuncs(serializer.CodecFactory) []any {
 	}
 }
 
-// TestRoundTrip takes each kind of the hub through JSON of every version and
-// back.
+// TestRoundTrip takes each kind of the hub through JSON and protobuf of every
+// version and back.
 func TestRoundTrip(t *testing.T) {
-	roundtrip.RoundTripTestForAPIGroup(t, Install, fuzzerFuncs)
+	roundtrip.RoundTripProtobufTestForAPIGroup(t, Install, fuzzerFuncs)
 }
 
-// TestRoundTripOptions takes the kinds that have no hub type through JSON:
-// admission webhooks see them so.
-func TestRoundTripOptions(t *testing.T) {
+// optionKinds have no hub type: admission webhooks see them as they are.
+var optionKinds = []string{"TargetLogOptions", "TargetExecOptions", "TargetAttachOptions", "TargetPortForwardOptions"}
+
+// newCodecs returns codecs for all that the generic server may offer: JSON,
+// YAML, protobuf and, behind a feature gate, CBOR.
+func newCodecs() (*runtime.Scheme, serializer.CodecFactory) {
 	scheme := runtime.NewScheme()
 	Install(scheme)
-	codecs := serializer.NewCodecFactory(scheme)
-	fill := fuzzer.FuzzerFor(metafuzzer.Funcs, rand.NewSource(rand.Int63()), codecs)
-	for _, kind := range []string{"TargetLogOptions", "TargetExecOptions", "TargetAttachOptions", "TargetPortForwardOptions"} {
-		t.Run(kind, func(t *testing.T) {
-			gvk := v1.SchemeGroupVersion.WithKind(kind)
-			roundtrip.RoundTripSpecificKindWithoutProtobuf(t, gvk, scheme, codecs, fill, nil)
-		})
+	return scheme, serializer.NewCodecFactory(scheme, serializer.WithSerializer(cbor.NewSerializerInfo))
+}
+
+// TestEveryKindInEveryEncoding takes each kind of each served version through
+// each encoding and back, as it is, and from the hub.
+func TestEveryKindInEveryEncoding(t *testing.T) {
+	scheme, codecs := newCodecs()
+	seed := rand.Int63()
+	funcs := fuzzer.MergeFuzzerFuncs(metafuzzer.Funcs, fuzzerFuncs)
+	fill := fuzzer.FuzzerFor(funcs, rand.NewSource(seed), codecs)
+	const rounds = 100
+
+	wantMedia := []string{runtime.ContentTypeJSON, runtime.ContentTypeYAML, runtime.ContentTypeProtobuf, runtime.ContentTypeCBOR}
+	var media []string
+	for _, info := range codecs.SupportedMediaTypes() {
+		media = append(media, info.MediaType)
+	}
+	if diff := cmp.Diff(wantMedia, media); diff != "" {
+		t.Fatalf("encodings (-want +got):\n%s", diff)
+	}
+
+	kinds := map[schema.GroupVersion][]string{
+		v1.SchemeGroupVersion:       append([]string{"Target", "TargetList", "TargetClass", "TargetClassList"}, optionKinds...),
+		v1alpha1.SchemeGroupVersion: append([]string{"Target", "TargetList"}, optionKinds...),
+	}
+	for gv, want := range kinds {
+		var got []string
+		for kind := range scheme.KnownTypes(gv) {
+			if strings.HasPrefix(kind, "Target") {
+				got = append(got, kind)
+			}
+		}
+		slices.Sort(got)
+		slices.Sort(want)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("kinds of %s (-want +got):\n%s", gv, diff)
+		}
+		for _, kind := range got {
+			for _, info := range codecs.SupportedMediaTypes() {
+				t.Run(gv.Version+" "+kind+" as "+info.MediaType, func(t *testing.T) {
+					gvk := gv.WithKind(kind)
+					for range rounds {
+						external, err := scheme.New(gvk)
+						if err != nil {
+							t.Fatal(err)
+						}
+						fill.Fill(external)
+						external.GetObjectKind().SetGroupVersionKind(gvk)
+						wantBack(t, seed, info.Serializer, info.Serializer, external)
+					}
+					hubGVK := api.SchemeGroupVersion.WithKind(kind)
+					if !scheme.Recognizes(hubGVK) {
+						return
+					}
+					encoder, decoder := codecs.EncoderForVersion(info.Serializer, gv), codecs.DecoderToVersion(info.Serializer, api.SchemeGroupVersion)
+					for range rounds {
+						hub, err := scheme.New(hubGVK)
+						if err != nil {
+							t.Fatal(err)
+						}
+						fill.Fill(hub)
+						hub.GetObjectKind().SetGroupVersionKind(schema.GroupVersionKind{})
+						wantBack(t, seed, encoder, decoder, hub)
+					}
+				})
+			}
+		}
+	}
+}
+
+// wantBack encodes and decodes an object, which neither changes it.
+func wantBack(t *testing.T, seed int64, encoder runtime.Encoder, decoder runtime.Decoder, object runtime.Object) {
+	t.Helper()
+	before := object.DeepCopyObject()
+	data, err := runtime.Encode(encoder, object)
+	if err != nil {
+		t.Fatalf("seed %d: %v", seed, err)
+	}
+	if !apiequality.Semantic.DeepEqual(before, object) {
+		t.Fatalf("seed %d: encoding changed it (-before +after):\n%s", seed, cmp.Diff(before, object))
+	}
+	back, err := runtime.Decode(decoder, data)
+	if err != nil {
+		t.Fatalf("seed %d: %v in %q", seed, err, data)
+	}
+	if !apiequality.Semantic.DeepEqual(before, back) {
+		t.Fatalf("seed %d: it came back otherwise (-before +after):\n%s", seed, cmp.Diff(before, back))
 	}
 }
 
@@ -79,6 +169,9 @@ func TestInstallRegistersEveryKind(t *testing.T) {
 		{"the hub's TargetList", scheme.Recognizes(api.SchemeGroupVersion.WithKind("TargetList"))},
 		{"v1 Target", scheme.Recognizes(v1.SchemeGroupVersion.WithKind("Target"))},
 		{"v1 TargetList", scheme.Recognizes(v1.SchemeGroupVersion.WithKind("TargetList"))},
+		{"v1alpha1 Target", scheme.Recognizes(v1alpha1.SchemeGroupVersion.WithKind("Target"))},
+		{"v1alpha1 TargetList", scheme.Recognizes(v1alpha1.SchemeGroupVersion.WithKind("TargetList"))},
+		{"v1alpha1 ListOptions", scheme.Recognizes(v1alpha1.SchemeGroupVersion.WithKind("ListOptions"))},
 		{"v1 ListOptions", scheme.Recognizes(v1.SchemeGroupVersion.WithKind("ListOptions"))},
 		{"the scale subresource's Scale", scheme.Recognizes(autoscalingv1.SchemeGroupVersion.WithKind("Scale"))},
 	} {
@@ -86,7 +179,8 @@ func TestInstallRegistersEveryKind(t *testing.T) {
 			t.Errorf("%s isn't registered", gvk.name)
 		}
 	}
-	if got := scheme.PrioritizedVersionsForGroup(api.GroupName); len(got) == 0 || got[0] != v1.SchemeGroupVersion {
-		t.Errorf("versions in the order of their priority: %v, want v1 first", got)
+	want := []schema.GroupVersion{v1.SchemeGroupVersion, v1alpha1.SchemeGroupVersion}
+	if diff := cmp.Diff(want, scheme.PrioritizedVersionsForGroup(api.GroupName)); diff != "" {
+		t.Errorf("versions in the order of their priority (-want +got):\n%s", diff)
 	}
 }
