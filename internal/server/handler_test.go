@@ -4,13 +4,17 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/util/sets"
+	genericfilters "k8s.io/apiserver/pkg/endpoints/filters"
 	"k8s.io/apiserver/pkg/endpoints/request"
+	genericapiserver "k8s.io/apiserver/pkg/server"
 )
 
 func TestSecondNamesAreRewritten(t *testing.T) {
@@ -88,5 +92,33 @@ func TestRefusedUpgradesAnswerShortly(t *testing.T) {
 	}
 	if plain := answer(""); plain.Body.String() != string(body) {
 		t.Error("what is no upgrade was shortened too")
+	}
+}
+
+func TestDeprecatedVersionsWarn(t *testing.T) {
+	const want = `299 - "streaming.aaserver.io/v1alpha1 Target is deprecated; use streaming.aaserver.io/v1 Target"`
+	for path, warns := range map[string]bool{
+		"/apis/streaming.aaserver.io/v1alpha1/targets":                           true,
+		"/apis/streaming.aaserver.io/v1alpha1/targets?watch=true":                true,
+		"/apis/streaming.aaserver.io/v1alpha1/watch/targets":                     true,
+		"/apis/streaming.aaserver.io/v1alpha1/namespaces/shop/targets/web":       true,
+		"/apis/streaming.aaserver.io/v1alpha1/namespaces/shop/targets/web/scale": true,
+		"/apis/streaming.aaserver.io/v1alpha1/namespaces/shop/targets/web/exec":  true,
+		"/apis/streaming.aaserver.io/v1alpha1":                                   false,
+		"/apis/streaming.aaserver.io/v1alpha1/others":                            false,
+		"/apis/streaming.aaserver.io/v1/namespaces/shop/targets/web":             false,
+		"/apis/example.com/v1alpha1/namespaces/shop/targets/web":                 false,
+		"/openapi/v3/apis/streaming.aaserver.io/v1alpha1":                        false,
+	} {
+		config := &genericapiserver.Config{LegacyAPIGroupPrefixes: sets.NewString("/api")}
+		handler := withDeprecation(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) }))
+		handler = genericfilters.WithWarningRecorder(handler)
+		handler = genericfilters.WithRequestInfo(handler, genericapiserver.NewRequestInfoResolver(config))
+		recorder := httptest.NewRecorder()
+		handler.ServeHTTP(recorder, httptest.NewRequest("GET", path, nil))
+		got := recorder.Result().Header.Values("Warning")
+		if warns && !slices.Equal(got, []string{want}) || !warns && len(got) > 0 {
+			t.Errorf("%s: warnings %q", path, got)
+		}
 	}
 }

@@ -10,12 +10,14 @@ import (
 	api "aaserver.io/aaserver/apis/streaming"
 	"aaserver.io/aaserver/apis/streaming/install"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/apis/streaming/v1alpha1"
 	"aaserver.io/aaserver/apis/streaming/validation"
 )
 
-// FuzzValidateTarget takes an object the way the server does: JSON is decoded,
-// defaulted, converted to the hub and validated. It doesn't panic, and what
-// passes keeps the package's promises.
+// FuzzValidateTarget takes an object the way the server does: JSON of any version
+// is decoded, defaulted, converted to the hub and validated. It doesn't panic, the
+// errors are not much more than the object, and what passes keeps the package's
+// promises.
 func FuzzValidateTarget(f *testing.F) {
 	const head = `{"apiVersion":"streaming.aaserver.io/v1","kind":"Target","metadata":{"name":"web","namespace":"shop","resourceVersion":"1"},"spec":`
 	for _, spec := range []string{
@@ -26,6 +28,16 @@ func FuzzValidateTarget(f *testing.F) {
 		`{"process":null,"tcp":{"endpoints":[null]}}`,
 	} {
 		f.Add([]byte(head + spec + `,"status":{"replicas":1,"instances":[{"name":"web-0","state":{"waiting":{}}}],"conditions":[{"type":"Ready"}]}}`))
+	}
+
+	for _, spec := range []string{
+		`{"type":"Process","agentName":"edge-17","command":["/bin/sh"],"user":"www-data","ports":[{"name":"http","port":8080}]}`,
+		`{"type":"SSH","endpoints":[{"name":"a","host":"192.0.2.1","port":22}],"user":"admin","credentialsSecret":"login","logPath":"/var/log/a","image":"nginx","tls":true}`,
+		`{"type":"TCP","endpoints":[{"name":"a","host":"192.0.2.1","port":22}],"tlsServerName":"a"}`,
+		`{"type":"VM","stdin":true}`,
+		`{"command":["a"]}`,
+	} {
+		f.Add([]byte(`{"apiVersion":"streaming.aaserver.io/v1alpha1","kind":"Target","metadata":{"name":"web","namespace":"shop","annotations":{"v1.streaming.aaserver.io/sources":"{}"}},"spec":` + spec + `}`))
 	}
 
 	scheme := runtime.NewScheme()
@@ -42,14 +54,23 @@ func FuzzValidateTarget(f *testing.F) {
 			return
 		}
 		errs := validation.ValidateTarget(target)
+		size := 0
 		for _, err := range append(errs, validation.ValidateTargetStatusUpdate(target, &api.Target{})...) {
-			_ = err.Error()
+			size += len(err.Error())
+		}
+		if most := 512*len(data) + 4096; size > most {
+			t.Errorf("%d bytes of errors about an object of %d", size, len(data))
 		}
 		changed := target.DeepCopy()
 		changed.Spec.ClassName += "x"
 		_ = validation.ValidateTargetUpdate(changed, target)
 		if len(errs) > 0 {
 			return
+		}
+		for _, key := range []string{v1alpha1.AnnotationSettings, v1alpha1.AnnotationSources} {
+			if text, ok := target.Annotations[key]; ok {
+				t.Errorf("a valid target has the annotation %s: %q", key, text)
+			}
 		}
 
 		external := &v1.Target{}
