@@ -245,6 +245,30 @@ func only[T any](t *testing.T, objects []object) T {
 	return found[0]
 }
 
+// apiServices returns those of the served versions: alike, and the later the
+// version, the higher its priority.
+func apiServices(t *testing.T, objects []object) []*apiService {
+	t.Helper()
+	apis := all[*apiService](objects)
+	slices.SortFunc(apis, func(a, b *apiService) int { return int(b.Spec.VersionPriority - a.Spec.VersionPriority) })
+	var got []string
+	for _, api := range apis {
+		got = append(got, api.Name)
+		if api.Name != api.Spec.Version+"."+api.Spec.Group {
+			t.Errorf("the APIService %s is of version %s of %s", api.Name, api.Spec.Version, api.Spec.Group)
+		}
+		alike := *api
+		alike.Name, alike.Spec.Version, alike.Spec.VersionPriority = apis[0].Name, apis[0].Spec.Version, apis[0].Spec.VersionPriority
+		if diff := cmp.Diff(apis[0], &alike); diff != "" {
+			t.Errorf("the APIServices differ (-%s +%s):\n%s", apis[0].Name, api.Name, diff)
+		}
+	}
+	if diff := cmp.Diff([]string{"v1.streaming.aaserver.io", "v1alpha1.streaming.aaserver.io"}, got); diff != "" {
+		t.Fatalf("APIServices by their priority (-want +got):\n%s", diff)
+	}
+	return apis
+}
+
 // Values by storage and by the way to certificates. Every one of the first is
 // rendered with every one of the second.
 var (
@@ -403,7 +427,7 @@ func checkTogether(t *testing.T, objects []object) {
 	t.Helper()
 	deployment := only[*appsv1.Deployment](t, objects)
 	service := only[*corev1.Service](t, objects)
-	api := only[*apiService](t, objects)
+	apis := apiServices(t, objects)
 	pod := deployment.Spec.Template
 
 	podLabels := labels.Set(pod.Labels)
@@ -431,6 +455,8 @@ func checkTogether(t *testing.T, objects []object) {
 		}
 	}
 
+	// All are alike.
+	api := apis[0]
 	at := api.Spec.Service
 	if at.Name != service.Name || at.Namespace != service.Namespace || at.Port != service.Spec.Ports[0].Port {
 		t.Errorf("the APIService is at %+v, the Service is %s/%s:%d", at, service.Namespace, service.Name, service.Spec.Ports[0].Port)
@@ -1039,19 +1065,19 @@ func TestManifest(t *testing.T) {
 	}
 	objects := render(t, string(values))
 	image := only[*appsv1.Deployment](t, objects).Spec.Template.Spec.Containers[0].Image
-	// The APIService is the first to be deleted. It doesn't mind to be the first
+	// The APIServices are the first to be deleted. They don't mind to be the first
 	// to be created.
-	first := slices.IndexFunc(objects, func(o object) bool { return o.meta.Kind == "APIService" })
-	documents := []string{
-		strings.ReplaceAll(string(header), "aaserver:APPVERSION", image) + withoutHelm(objects[first].text),
-		"apiVersion: v1\nkind: Namespace\nmetadata:\n  name: " + namespace + "\n  labels:\n    pod-security.kubernetes.io/enforce: restricted\n",
-	}
-	for i, o := range objects {
-		if i != first {
-			documents = append(documents, withoutHelm(o.text))
+	var first, rest []string
+	for _, o := range objects {
+		if o.meta.Kind == "APIService" {
+			first = append(first, withoutHelm(o.text))
+		} else {
+			rest = append(rest, withoutHelm(o.text))
 		}
 	}
-	text := strings.Join(documents, "---\n")
+	documents := append(first,
+		"apiVersion: v1\nkind: Namespace\nmetadata:\n  name: "+namespace+"\n  labels:\n    pod-security.kubernetes.io/enforce: restricted\n")
+	text := strings.ReplaceAll(string(header), "aaserver:APPVERSION", image) + strings.Join(append(documents, rest...), "---\n")
 	if strings.Contains(strings.ToLower(text[len(header):]), "helm") {
 		t.Errorf("the manifest has something of Helm's left:\n%s", text)
 	}

@@ -116,7 +116,7 @@ func TestGeneratedCertificate(t *testing.T) {
 			t.Fatal(err)
 		}
 		checkTogether(t, objects)
-		return only[*corev1.Secret](t, objects), only[*apiService](t, objects)
+		return only[*corev1.Secret](t, objects), apiServices(t, objects)[0]
 	}
 	began := time.Now().Truncate(time.Second)
 	first, _ := upgrade(t, nil)
@@ -175,7 +175,7 @@ func TestGivenCertificate(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := only[*apiService](t, objects).Spec.CABundle; string(got) != "a CA" {
+		if got := apiServices(t, objects)[0].Spec.CABundle; string(got) != "a CA" {
 			t.Errorf("caBundle is %q, want the Secret's ca.crt", got)
 		}
 	})
@@ -185,7 +185,7 @@ func TestGivenCertificate(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := only[*apiService](t, objects).Spec.CABundle; !bytes.HasPrefix(got, []byte("-----BEGIN")) {
+		if got := apiServices(t, objects)[0].Spec.CABundle; !bytes.HasPrefix(got, []byte("-----BEGIN")) {
 			t.Errorf("caBundle is %q, want the value", got)
 		}
 	})

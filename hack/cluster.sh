@@ -58,7 +58,18 @@ spec:
   group: streaming.aaserver.io
   version: v1
   groupPriorityMinimum: 1000
-  versionPriority: 15
+  versionPriority: 100
+  insecureSkipTLSVerify: true
+  service: {name: aaserver, namespace: aaserver, port: $port}
+---
+apiVersion: apiregistration.k8s.io/v1
+kind: APIService
+metadata: {name: v1alpha1.streaming.aaserver.io}
+spec:
+  group: streaming.aaserver.io
+  version: v1alpha1
+  groupPriorityMinimum: 1000
+  versionPriority: 50
   insecureSkipTLSVerify: true
   service: {name: aaserver, namespace: aaserver, port: $port}
 YAML

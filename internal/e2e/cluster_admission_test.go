@@ -67,6 +67,7 @@ func TestAdmission(t *testing.T) {
 		"a validating webhook denies an exec by its command, and a target by its spec": testValidatingWebhook,
 		"a mutating webhook changes an exec's command, and a target":                   testMutatingWebhook,
 		"policies deny and change execs and targets":                                   testPolicies,
+		"a webhook for v1 is asked about v1alpha1 too":                                 testRulesOfOtherVersions,
 		"a ResourceQuota counts targets":                                               testQuota,
 		"a namespace takes its targets along":                                          testNamespaceDeletion,
 		"targets are collected with their owners, and are owners":                      testOwners,

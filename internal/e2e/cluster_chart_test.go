@@ -54,10 +54,10 @@ func TestChart(t *testing.T) {
 			if r.code != 0 || badWarning.MatchString(r.stderr) {
 				t.Errorf("kubectl %s of %s: exit code %d: %s", strings.Join(args, " "), name, r.code, r.stderr)
 			}
-			wantContains(t, name, r.stdout, "deployment.apps/", "apiservice.apiregistration.k8s.io/"+apiService)
+			wantContains(t, name, r.stdout, "deployment.apps/", "apiservice.apiregistration.k8s.io/"+apiService, "apiservice.apiregistration.k8s.io/"+alphaService)
 		}
 		// The next way may differ in what can't be changed.
-		admin.kubectl("delete", "apiservice", apiService, "--timeout=30s")
+		admin.kubectl("delete", "apiservice", apiService, alphaService, "--timeout=30s")
 		admin.kubectl("delete", "deployments,services,persistentvolumeclaims,secrets", "--all", "-n", serverNamespace, "--wait=false")
 	}
 }

@@ -130,7 +130,7 @@ func (f *failures) certificateRotated(t *testing.T) {
 	old := f.ca
 	f.ca = newAuthority(t, "aaserver-e2e-2")
 	bundle := base64.StdEncoding.EncodeToString(append(old.pem(), f.ca.pem()...))
-	f.kubectl("patch", "apiservice", apiService, "--type=merge", "-p", `{"spec":{"caBundle":"`+bundle+`"}}`)
+	f.kubectl("patch", "apiservice", apiService, alphaService, "--type=merge", "-p", `{"spec":{"caBundle":"`+bundle+`"}}`)
 	pair := f.ca.issueServing(t, filepath.Join(t.TempDir(), "serving"))
 	for from, to := range map[string]string{pair.CertFile: f.certFile, pair.KeyFile: f.keyFile} {
 		content, err := os.ReadFile(from)

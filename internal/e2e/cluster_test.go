@@ -52,7 +52,9 @@ import (
 const (
 	apiGroup   = "streaming.aaserver.io"
 	apiService = "v1." + apiGroup
-	apiPath    = "/apis/" + apiGroup + "/v1"
+	// alphaService is the APIService of the older version.
+	alphaService = "v1alpha1." + apiGroup
+	apiPath      = "/apis/" + apiGroup + "/v1"
 
 	// As hack/deploy has them.
 	serverNamespace = "aaserver-system"
@@ -590,7 +592,18 @@ spec:
   versionPriority: 100
   service: {name: %[1]s, namespace: %[2]s, port: %[3]d}
   caBundle: %[6]s
-`, serverName, serverNamespace, a.port, apiService, apiGroup, bundle), "apply", "-f", "-")
+---
+apiVersion: apiregistration.k8s.io/v1
+kind: APIService
+metadata: {name: %[7]s}
+spec:
+  group: %[5]s
+  version: v1alpha1
+  groupPriorityMinimum: 1000
+  versionPriority: 50
+  service: {name: %[1]s, namespace: %[2]s, port: %[3]d}
+  caBundle: %[6]s
+`, serverName, serverNamespace, a.port, apiService, apiGroup, bundle, alphaService), "apply", "-f", "-")
 }
 
 // waitReady waits until the server itself says that it is ready.
@@ -688,8 +701,10 @@ func (a *aggregated) cleanUp() {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	raw := a.cluster.kube.Discovery().RESTClient()
-	if err := raw.Delete().AbsPath("/apis/apiregistration.k8s.io/v1/apiservices/" + apiService).Do(ctx).Error(); err != nil && !apierrors.IsNotFound(err) {
-		a.t.Errorf("removing the APIService: %v", err)
+	for _, name := range []string{alphaService, apiService} {
+		if err := raw.Delete().AbsPath("/apis/apiregistration.k8s.io/v1/apiservices/" + name).Do(ctx).Error(); err != nil && !apierrors.IsNotFound(err) {
+			a.t.Errorf("removing the APIService: %v", err)
+		}
 	}
 	// Until kube-apiserver has taken notice, it would send the next server's
 	// requests to this one.

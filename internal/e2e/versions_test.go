@@ -7,11 +7,14 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	admissionv1 "k8s.io/api/admission/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 const (
@@ -75,7 +78,6 @@ func TestVersions(t *testing.T) {
 		if group.PreferredVersion.Version != "v1" || len(group.Versions) != 2 || group.Versions[0].Version != "v1" || group.Versions[1].Version != "v1alpha1" {
 			t.Errorf("the group: %+v", group)
 		}
-		want("targets without a version", s.kubectl("get", "targets", "-o", "jsonpath={.apiVersion}"), "v1") // a List
 		var resources [2]struct {
 			Resources []struct {
 				Name  string
@@ -126,6 +128,10 @@ func TestVersions(t *testing.T) {
 		}
 		wantContains(t, "describe", s.kubectl("describe", flatTargets, "old"), "API Version:  streaming.aaserver.io/v1alpha1", "AllInstancesReady")
 		want("by field", s.kubectl("get", flatTargets, "--field-selector", "spec.agentName=other", "-o", "name"), "")
+	})
+
+	t.Run("v1 is what a client gets that names no version", func(t *testing.T) {
+		want("get", get("target", "old", "{.apiVersion}"), "streaming.aaserver.io/v1")
 	})
 
 	t.Run("patched in each", func(t *testing.T) {
@@ -224,7 +230,7 @@ func TestVersions(t *testing.T) {
 			`jsonpath={range .metadata.managedFields[*]}{.manager}:{.apiVersion}:{.subresource}:{.fieldsV1}{"\n"}{end}`)
 		wantContains(t, "managed fields", managers, `kubectl:streaming.aaserver.io/v1alpha1:scale:{"f:spec":{"f:replicas":{}}}`)
 		wantContains(t, "a conflict with scale", apply("one", full("owned", "b")+"  replicas: 1\n").stderr,
-			`conflict with "kubectl" with subresource "scale": .spec.replicas`)
+			`conflict with "kubectl" with subresource "scale" using streaming.aaserver.io/v1alpha1: .spec.replicas`)
 		want("replicas", get(fullTargets, "owned", "{.spec.replicas}"), "2")
 		wantContains(t, "the scale", s.kubectl("get", "--raw", flatPath+"/owned/scale"), `"apiVersion":"autoscaling/v1"`)
 		// The status belongs to nobody who applies the main resource.
@@ -266,6 +272,11 @@ func TestVersions(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer response.Body.Close()
+			if !strings.Contains(path, "watch") {
+				if _, err := io.Copy(io.Discard, response.Body); err != nil {
+					t.Error(err)
+				}
+			}
 			return response.Header.Values("Warning")
 		}
 		for path, want := range map[string][]string{
@@ -356,4 +367,52 @@ func TestVersions(t *testing.T) {
 			want("the spec after it was written as protobuf of "+version, get(fullTargets, "new", "{.spec}"), before)
 		}
 	})
+}
+
+// testRulesOfOtherVersions: who asks in v1alpha1 gets past no rule for v1, and is
+// warned through kube-apiserver too.
+func testRulesOfOtherVersions(t *testing.T, c *cluster, admin *client) {
+	ns := c.namespace(t, "versions")
+	r := admin.run(binaries.kubectl, strings.Replace(flat("web", "a"), "spec:", "spec:\n  agentName: local", 1), "create", "-n", ns, "-f", "-")
+	if r.code != 0 {
+		t.Fatal(r.stderr)
+	}
+	wantContains(t, "create", r.stderr, "Warning: "+deprecated)
+	admin.waitTarget(ns, "web")
+
+	clientConfig, _ := serveWebhook(t, func(request *admissionv1.AdmissionRequest) *admissionv1.AdmissionResponse {
+		object, err := readAdmitted(request)
+		if err != nil || object.APIVersion != apiGroup+"/v1" || slices.Contains(object.Command, "forbidden") || slices.Contains(object.Spec.Process.Command, "forbidden") {
+			return &admissionv1.AdmissionResponse{Result: &metav1.Status{Code: http.StatusForbidden, Message: "the webhook says no to " + string(request.Object.Raw)}}
+		}
+		return &admissionv1.AdmissionResponse{Allowed: true}
+	})
+	admin.cleanUpObjects("validatingwebhookconfiguration/" + ns)
+	admin.kubectlStdin(webhookConfiguration("ValidatingWebhookConfiguration", ns, ns, clientConfig), "create", "-f", "-")
+
+	patch := func(command string) result {
+		return admin.run(binaries.kubectl, "", "patch", flatTargets, "web", "-n", ns, "--type=merge", "--dry-run=server", "-p", `{"spec":{"command":["`+command+`"]}}`)
+	}
+	exec := func(command string) result {
+		conn, response, err := admin.dial("/apis/"+apiGroup+"/v1alpha1/namespaces/"+ns+"/targets/web/exec?stdout=true&command="+command, nil, "v4.channel.k8s.io")
+		if err == nil {
+			conn.Close()
+			return result{}
+		}
+		if response == nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(response.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return result{stderr: string(body), code: 1}
+	}
+	wantDenied(t, "a change in v1alpha1", "the webhook says no", func() result { return patch("forbidden") })
+	wantDenied(t, "an exec in v1alpha1", "the webhook says no", func() result { return exec("forbidden") })
+	for what, try := range map[string]func(string) result{"change": patch, "exec": exec} {
+		if r := try("true"); r.code != 0 {
+			t.Errorf("another %s: %s", what, r.stderr)
+		}
+	}
 }
