@@ -9,6 +9,7 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/sets"
+	"k8s.io/apiserver/pkg/audit"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/endpoints/responsewriter"
 	genericapiserver "k8s.io/apiserver/pkg/server"
@@ -41,7 +42,8 @@ func buildHandlerChain(api http.Handler, config *genericapiserver.Config) http.H
 	return withCanonicalNames(withShortStatuses(genericapiserver.DefaultBuildHandlerChain(withDeprecation(api), config)))
 }
 
-// withDeprecation warns whoever uses v1alpha1. The generic server's own warning
+// withDeprecation warns whoever uses v1alpha1, and marks the request in the audit
+// log, as kube-apiserver does for its own. The generic server's own warning
 // names the version of Kubernetes that a kind is deprecated in, which has no
 // meaning for a group of ours, and would be about Scale for scale.
 func withDeprecation(next http.Handler) http.Handler {
@@ -49,6 +51,7 @@ func withDeprecation(next http.Handler) http.Handler {
 		info, ok := request.RequestInfoFrom(r.Context())
 		if ok && info.IsResourceRequest && info.APIGroup == v1alpha1.GroupName && info.APIVersion == v1alpha1.SchemeGroupVersion.Version && info.Resource == "targets" {
 			warning.AddWarning(r.Context(), "", deprecation)
+			audit.AddAuditAnnotation(r.Context(), "k8s.io/deprecated", "true")
 		}
 		next.ServeHTTP(w, r)
 	})

@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/util/sets"
+	"k8s.io/apiserver/pkg/audit"
 	genericfilters "k8s.io/apiserver/pkg/endpoints/filters"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	genericapiserver "k8s.io/apiserver/pkg/server"
@@ -115,7 +116,12 @@ func TestDeprecatedVersionsWarn(t *testing.T) {
 		handler = genericfilters.WithWarningRecorder(handler)
 		handler = genericfilters.WithRequestInfo(handler, genericapiserver.NewRequestInfoResolver(config))
 		recorder := httptest.NewRecorder()
-		handler.ServeHTTP(recorder, httptest.NewRequest("GET", path, nil))
+		request := httptest.NewRequest("GET", path, nil)
+		ctx := audit.WithAuditContext(request.Context())
+		handler.ServeHTTP(recorder, request.WithContext(ctx))
+		if mark, marked := audit.AuditContextFrom(ctx).GetEventAnnotation("k8s.io/deprecated"); marked != warns || marked && mark != "true" {
+			t.Errorf("%s: audit marks it as %q, %t", path, mark, marked)
+		}
 		got := recorder.Result().Header.Values("Warning")
 		if warns && !slices.Equal(got, []string{want}) || !warns && len(got) > 0 {
 			t.Errorf("%s: warnings %q", path, got)
