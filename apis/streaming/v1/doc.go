@@ -2,6 +2,7 @@
 // +k8s:deepcopy-gen=package
 // +k8s:conversion-gen=aaserver.io/aaserver/apis/streaming
 // +k8s:defaulter-gen=TypeMeta
+// +k8s:validation-gen=TypesWithField=TypeMeta
 // +k8s:openapi-model-package=io.aaserver.streaming.v1
 // +groupName=streaming.aaserver.io
 

@@ -33,6 +33,7 @@ const (
 // +genclient:method=GetScale,verb=get,subresource=scale,result=k8s.io/api/autoscaling/v1.Scale
 // +genclient:method=UpdateScale,verb=update,subresource=scale,input=k8s.io/api/autoscaling/v1.Scale,result=k8s.io/api/autoscaling/v1.Scale
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:validation-gen=false
 
 // Target is something that is not a pod (a process, a container on a lone
 // host, an SSH host, a TCP endpoint), made available to the Kubernetes API
@@ -56,6 +57,7 @@ type Target struct {
 }
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:validation-gen=false
 
 // TargetList is a list of targets.
 type TargetList struct {
@@ -318,6 +320,7 @@ type EnvVar struct {
 
 // Protocol is the transport protocol of a port.
 // +enum
+// +k8s:enum
 type Protocol string
 
 const (

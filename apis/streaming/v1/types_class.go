@@ -25,9 +25,11 @@ const (
 // moment that it is written. Instances that run and connections that are open
 // stay as they are.
 type TargetClass struct {
+	// +k8s:opaqueType
 	metav1.TypeMeta `json:",inline"`
 	// metadata is the standard object's metadata.
 	// +optional
+	// +k8s:opaqueType
 	metav1.ObjectMeta `json:"metadata,omitempty" protobuf:"bytes,1,opt,name=metadata"`
 
 	// spec is what the class allows.
@@ -39,9 +41,11 @@ type TargetClass struct {
 
 // TargetClassList is a list of classes.
 type TargetClassList struct {
+	// +k8s:opaqueType
 	metav1.TypeMeta `json:",inline"`
 	// metadata is the standard list's metadata.
 	// +optional
+	// +k8s:opaqueType
 	metav1.ListMeta `json:"metadata,omitempty" protobuf:"bytes,1,opt,name=metadata"`
 
 	// items are the classes.
@@ -55,12 +59,18 @@ type TargetClassSpec struct {
 	// on the agents' hosts.
 	// +optional
 	// +listType=set
+	// +k8s:optional
+	// +k8s:listType=set
+	// +k8s:maxItems=256
 	Sources []string `json:"sources,omitempty" protobuf:"bytes,1,rep,name=sources"`
 
 	// agents are the agents that targets may name; * stands for any. Targets
 	// of a reached source (ssh, tcp) that name no agent need none here.
 	// +optional
 	// +listType=set
+	// +k8s:optional
+	// +k8s:listType=set
+	// +k8s:maxItems=256
 	Agents []string `json:"agents,omitempty" protobuf:"bytes,2,rep,name=agents"`
 
 	// users are the users, by name or number, that a process may run as and
@@ -68,6 +78,9 @@ type TargetClassSpec struct {
 	// named, as root or 0.
 	// +optional
 	// +listType=set
+	// +k8s:optional
+	// +k8s:listType=set
+	// +k8s:maxItems=256
 	Users []string `json:"users,omitempty" protobuf:"bytes,3,rep,name=users"`
 
 	// agentUser lets a process leave its user out, and run as the user that its
@@ -102,12 +115,18 @@ type AddressPolicy struct {
 	// 10.20.0.0/16; 256 at most. Empty allows every address that isn't denied.
 	// +optional
 	// +listType=set
+	// +k8s:optional
+	// +k8s:listType=set
+	// +k8s:maxItems=256
 	Allow []string `json:"allow,omitempty" protobuf:"bytes,1,rep,name=allow"`
 
 	// deny lists CIDRs whose addresses may not be dialled, whatever allow says;
 	// 256 at most.
 	// +optional
 	// +listType=set
+	// +k8s:optional
+	// +k8s:listType=set
+	// +k8s:maxItems=256
 	Deny []string `json:"deny,omitempty" protobuf:"bytes,2,rep,name=deny"`
 }
 
@@ -118,6 +137,9 @@ type PortPolicy struct {
 	// at most. Empty allows all.
 	// +optional
 	// +listType=atomic
+	// +k8s:optional
+	// +k8s:listType=atomic
+	// +k8s:maxItems=256
 	Allowed []PortRange `json:"allowed,omitempty" protobuf:"bytes,1,rep,name=allowed"`
 
 	// unlisted lets ports be forwarded that the target's spec doesn't list: of
@@ -129,14 +151,21 @@ type PortPolicy struct {
 // PortRange is a port, or a range of them.
 type PortRange struct {
 	// port is the first port, 1 to 65535.
+	// +k8s:required
+	// +k8s:minimum=1
+	// +k8s:maximum=65535
 	Port int32 `json:"port" protobuf:"varint,1,opt,name=port"`
 
 	// endPort is the last port, port to 65535; port itself if not given.
 	// +optional
+	// +k8s:optional
+	// +k8s:minimum=1
+	// +k8s:maximum=65535
 	EndPort int32 `json:"endPort,omitempty" protobuf:"varint,2,opt,name=endPort"`
 
 	// protocol is TCP (the default) or UDP.
 	// +optional
+	// +k8s:required
 	Protocol Protocol `json:"protocol,omitempty" protobuf:"bytes,3,opt,name=protocol,casttype=Protocol"`
 }
 
@@ -146,21 +175,33 @@ type SessionLimits struct {
 	// sessionsPerUser is how many sessions one user may have open at a time on
 	// targets of the class, at least 1.
 	// +optional
+	// +k8s:optional
+	// +k8s:minimum=1
+	// +k8s:maximum=10000
 	SessionsPerUser *int32 `json:"sessionsPerUser,omitempty" protobuf:"varint,1,opt,name=sessionsPerUser"`
 
 	// sessionsPerTarget is how many sessions may be open at a time on one
 	// target, at least 1.
 	// +optional
+	// +k8s:optional
+	// +k8s:minimum=1
+	// +k8s:maximum=10000
 	SessionsPerTarget *int32 `json:"sessionsPerTarget,omitempty" protobuf:"varint,2,opt,name=sessionsPerTarget"`
 
 	// idleTimeoutSeconds is how long an exec, attach or port-forward may go
 	// without a byte either way before it is ended, at least 1. Logs aren't
 	// idle while they wait for lines.
 	// +optional
+	// +k8s:optional
+	// +k8s:minimum=1
+	// +k8s:maximum=2592000
 	IdleTimeoutSeconds *int64 `json:"idleTimeoutSeconds,omitempty" protobuf:"varint,3,opt,name=idleTimeoutSeconds"`
 
 	// maxDurationSeconds is how long a session may last before it is ended, at
 	// least 1.
 	// +optional
+	// +k8s:optional
+	// +k8s:minimum=1
+	// +k8s:maximum=2592000
 	MaxDurationSeconds *int64 `json:"maxDurationSeconds,omitempty" protobuf:"varint,4,opt,name=maxDurationSeconds"`
 }

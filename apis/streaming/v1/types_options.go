@@ -17,6 +17,7 @@ const (
 )
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:validation-gen=false
 // +k8s:conversion-gen:explicit-from=net/url.Values
 
 // TargetLogOptions is the query of a GET of targets/log.
@@ -84,6 +85,7 @@ type TargetLogOptions struct {
 }
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:validation-gen=false
 // +k8s:conversion-gen:explicit-from=net/url.Values
 
 // TargetExecOptions is the query of a request to targets/exec.
@@ -117,6 +119,7 @@ type TargetExecOptions struct {
 }
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:validation-gen=false
 // +k8s:conversion-gen:explicit-from=net/url.Values
 
 // TargetAttachOptions is the query of a request to targets/attach.
@@ -147,6 +150,7 @@ type TargetAttachOptions struct {
 }
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+// +k8s:validation-gen=false
 // +k8s:conversion-gen:explicit-from=net/url.Values
 
 // TargetPortForwardOptions is the query of a request to targets/portforward.

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"strings"
 
-	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/api/validate/content"
 	apivalidation "k8s.io/apimachinery/pkg/api/validation"
 	metav1validation "k8s.io/apimachinery/pkg/apis/meta/v1/validation"
@@ -25,20 +24,24 @@ const (
 	maxMessageBytes = 4096
 )
 
-// ValidateTargetStatusUpdate validates a change to a target's status.
+// ValidateTargetStatusUpdate validates a change to a target's status. What was
+// wrong with it before and stays as it is isn't held against the change (see
+// ratchet).
 func ValidateTargetStatusUpdate(newTarget, oldTarget *api.Target) field.ErrorList {
 	errs := apivalidation.ValidateObjectMetaUpdate(&newTarget.ObjectMeta, &oldTarget.ObjectMeta, field.NewPath("metadata"))
-	status, p := &newTarget.Status, field.NewPath("status")
-	if apiequality.Semantic.DeepEqual(status, &oldTarget.Status) {
-		return errs
-	}
-	errs = append(errs, apivalidation.ValidateNonnegativeField(status.ObservedGeneration, p.Child("observedGeneration"))...)
+	return append(errs, ratchet(newTarget, oldTarget, func(target *api.Target) field.ErrorList {
+		return validateStatus(&target.Status, oldTarget.Name, field.NewPath("status"))
+	})...)
+}
+
+func validateStatus(status *api.TargetStatus, targetName string, p *field.Path) field.ErrorList {
+	errs := apivalidation.ValidateNonnegativeField(status.ObservedGeneration, p.Child("observedGeneration"))
 	errs = append(errs, validateRange(p.Child("replicas"), &status.Replicas, 0, v1.MaxInstances)...)
 	errs = append(errs, apivalidation.ValidateNonnegativeField(int64(status.ReadyReplicas), p.Child("readyReplicas"))...)
 	if status.ReadyReplicas > status.Replicas {
-		errs = append(errs, field.Invalid(p.Child("readyReplicas"), status.ReadyReplicas, "cannot be greater than status.replicas"))
+		errs = append(errs, field.Invalid(p.Child("readyReplicas"), status.ReadyReplicas, fmt.Sprintf("must not be greater than `replicas` (%d)", status.Replicas)))
 	}
-	errs = append(errs, validateInstances(status.Instances, newTarget.Name, p.Child("instances"))...)
+	errs = append(errs, validateInstances(status.Instances, targetName, p.Child("instances"))...)
 
 	if conditions := p.Child("conditions"); len(status.Conditions) > maxConditions {
 		errs = append(errs, field.TooMany(conditions, len(status.Conditions), maxConditions))

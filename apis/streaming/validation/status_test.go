@@ -68,7 +68,7 @@ func TestValidateTargetStatusUpdate(t *testing.T) {
 		},
 		"no more replicas are ready than there are": {
 			status: api.TargetStatus{Replicas: 1, ReadyReplicas: 2},
-			want:   []string{`status.readyReplicas: Invalid value: 2: cannot be greater than status.replicas`},
+			want:   []string{`status.readyReplicas: Invalid value: 2: must not be greater than ` + "`replicas` (1)"},
 		},
 		"256 instances are the most": {
 			status: instances(many(256, instance)...),

@@ -13,7 +13,6 @@ import (
 	"unicode"
 
 	corev1 "k8s.io/api/core/v1"
-	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/api/validate/content"
 	apivalidation "k8s.io/apimachinery/pkg/api/validation"
@@ -81,17 +80,15 @@ func ValidateTarget(target *api.Target) field.ErrorList {
 	return append(errs, validateSpec(&target.Spec, target.Name, field.NewPath("spec"))...)
 }
 
-// ValidateTargetUpdate validates a change to a target. A spec that stays as it
-// is isn't looked at again, so that a rule that was added since can't keep a
-// finalizer from being removed.
+// ValidateTargetUpdate validates a change to a target. What was wrong with it
+// before and stays as it is isn't held against the change (see ratchet).
 func ValidateTargetUpdate(newTarget, oldTarget *api.Target) field.ErrorList {
 	errs := apivalidation.ValidateObjectMetaUpdate(&newTarget.ObjectMeta, &oldTarget.ObjectMeta, field.NewPath("metadata"))
 	errs = append(errs, validateCarried(newTarget.Annotations, oldTarget.Annotations)...)
 	newSpec, oldSpec, p := &newTarget.Spec, &oldTarget.Spec, field.NewPath("spec")
-	if apiequality.Semantic.DeepEqual(newSpec, oldSpec) {
-		return errs
-	}
-	errs = append(errs, validateSpec(newSpec, newTarget.Name, p)...)
+	errs = append(errs, ratchet(newTarget, oldTarget, func(target *api.Target) field.ErrorList {
+		return validateSpec(&target.Spec, target.Name, p)
+	})...)
 
 	// Without exactly one source on both sides, the union's own error says
 	// what is wrong.
@@ -198,8 +195,10 @@ func validateHosted(spec *api.TargetSpec, p *field.Path) field.ErrorList {
 	if spec.Replicas != nil && *spec.Replicas > 1 {
 		for i := range spec.Ports {
 			if spec.Ports[i].HostPort != 0 {
-				errs = append(errs, field.Forbidden(p.Child("ports").Index(i).Child("hostPort"),
-					"may only be set when `replicas` is at most 1: the instances share their host's ports"))
+				err := field.Forbidden(p.Child("ports").Index(i).Child("hostPort"),
+					"may only be set when `replicas` is at most 1: the instances share their host's ports")
+				err.BadValue = inputs{spec.Ports[i].HostPort, *spec.Replicas}
+				errs = append(errs, err)
 			}
 		}
 	}
@@ -413,6 +412,7 @@ func validateCommandSize(p *field.Path, command, args []string, env []api.EnvVar
 	}
 	err := field.TooLong(p, "", maxCommandBytes)
 	err.Detail = together + err.Detail
+	err.BadValue = inputs{command, args, env}
 	return field.ErrorList{err}
 }
 
