@@ -108,7 +108,7 @@ func lookUp(value reflect.Value, path string) (place string, at, list reflect.Va
 			next = value.MapIndex(reflect.ValueOf(key).Convert(value.Type().Key()))
 			place += "[" + key + "]"
 		case value.Kind() == reflect.Struct:
-			next = value.FieldByNameFunc(func(name string) bool { return strings.EqualFold(name, segment) })
+			next = value.FieldByNameFunc(func(name string) bool { return strings.EqualFold(jsonName(name), segment) })
 			place = strings.TrimPrefix(place+"."+segment, ".")
 		}
 		if !next.IsValid() {

@@ -153,6 +153,26 @@ func TestRatchetTarget(t *testing.T) {
 			new:  []change{limits(corev1.ResourceList{"a": resource.MustParse("1"), "b": resource.MustParse("1")})},
 			want: []string{`spec.container.resources.limits: Unsupported value: "a": supported values: "cpu", "memory"`},
 		},
+		"text that isn't UTF-8 stays, in metadata too, while a finalizer goes": {
+			make: process,
+			old: []change{processWith(func(p *api.ProcessSource) { p.Args = []string{"\xff"} }), func(t *api.Target) {
+				t.Annotations, t.Finalizers = map[string]string{"a": "\xff"}, []string{"a/b"}
+			}},
+			new: []change{processWith(func(p *api.ProcessSource) { p.Args = []string{"\xff"} }), func(t *api.Target) {
+				t.Annotations = map[string]string{"a": "\xff"}
+			}},
+		},
+		"text that isn't UTF-8 is added beside other such text": {
+			make: process,
+			old:  []change{func(t *api.Target) { t.Annotations = map[string]string{"a": "\xff"} }},
+			new: []change{processWith(func(p *api.ProcessSource) { p.Args = []string{"\xff"} }), func(t *api.Target) {
+				t.Annotations = map[string]string{"a": "\xff", "b": "\xff"}
+			}},
+			want: []string{
+				`metadata.annotations: Invalid value: the value of "a" must be valid UTF-8`,
+				`spec.process.args[0]: Invalid value: must be valid UTF-8`,
+			},
+		},
 		"two sources stay, and what depends on the source isn't said": {
 			make: process, old: []change{func(t *api.Target) { t.Spec.TCP = tcp().Spec.TCP }}, new: []change{func(t *api.Target) { t.Spec.TCP = tcp().Spec.TCP }, label},
 		},

@@ -30,7 +30,7 @@ const (
 func ValidateTargetStatusUpdate(newTarget, oldTarget *api.Target) field.ErrorList {
 	errs := apivalidation.ValidateObjectMetaUpdate(&newTarget.ObjectMeta, &oldTarget.ObjectMeta, field.NewPath("metadata"))
 	return append(errs, ratchet(newTarget, oldTarget, func(target *api.Target) field.ErrorList {
-		return validateStatus(&target.Status, oldTarget.Name, field.NewPath("status"))
+		return validateText(target, validateStatus(&target.Status, oldTarget.Name, field.NewPath("status")))
 	})...)
 }
 

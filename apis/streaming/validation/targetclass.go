@@ -23,7 +23,7 @@ var sourceNames = []string{v1.SourceProcess, v1.SourceContainer, v1.SourceSSH, v
 // about a new class. Whoever calls it validates declaratively too.
 func ValidateTargetClass(class *api.TargetClass) field.ErrorList {
 	errs := apivalidation.ValidateObjectMeta(&class.ObjectMeta, false, apivalidation.NameIsDNSSubdomain, field.NewPath("metadata"))
-	return append(errs, validateClassSpec(&class.Spec, field.NewPath("spec"))...)
+	return validateText(class, append(errs, validateClassSpec(&class.Spec, field.NewPath("spec"))...))
 }
 
 // ValidateTargetClassUpdate validates a change to a class, as
@@ -32,7 +32,7 @@ func ValidateTargetClass(class *api.TargetClass) field.ErrorList {
 func ValidateTargetClassUpdate(newClass, oldClass *api.TargetClass) field.ErrorList {
 	errs := apivalidation.ValidateObjectMetaUpdate(&newClass.ObjectMeta, &oldClass.ObjectMeta, field.NewPath("metadata"))
 	return append(errs, ratchet(newClass, oldClass, func(class *api.TargetClass) field.ErrorList {
-		return validateClassSpec(&class.Spec, field.NewPath("spec"))
+		return validateText(class, validateClassSpec(&class.Spec, field.NewPath("spec")))
 	})...)
 }
 

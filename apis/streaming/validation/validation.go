@@ -77,7 +77,7 @@ var (
 func ValidateTarget(target *api.Target) field.ErrorList {
 	errs := apivalidation.ValidateObjectMeta(&target.ObjectMeta, true, validateTargetName, field.NewPath("metadata"))
 	errs = append(errs, validateCarried(target.Annotations, nil)...)
-	return append(errs, validateSpec(&target.Spec, target.Name, field.NewPath("spec"))...)
+	return validateText(target, append(errs, validateSpec(&target.Spec, target.Name, field.NewPath("spec"))...))
 }
 
 // ValidateTargetUpdate validates a change to a target. What was wrong with it
@@ -87,7 +87,7 @@ func ValidateTargetUpdate(newTarget, oldTarget *api.Target) field.ErrorList {
 	errs = append(errs, validateCarried(newTarget.Annotations, oldTarget.Annotations)...)
 	newSpec, oldSpec, p := &newTarget.Spec, &oldTarget.Spec, field.NewPath("spec")
 	errs = append(errs, ratchet(newTarget, oldTarget, func(target *api.Target) field.ErrorList {
-		return validateSpec(&target.Spec, target.Name, p)
+		return validateText(target, validateSpec(&target.Spec, target.Name, p))
 	})...)
 
 	// Without exactly one source on both sides, the union's own error says

@@ -151,6 +151,14 @@ func TestValidateTargetMetadata(t *testing.T) {
 		"a generated name's prefix may end in a dash": {
 			target: process(func(t *api.Target) { t.GenerateName = "web-" }),
 		},
+		"annotations are UTF-8": {
+			target: process(func(t *api.Target) { t.Annotations = map[string]string{"b": "\xff", "a": "ü"} }),
+			want:   []string{`metadata.annotations: Invalid value: the value of "b" must be valid UTF-8`},
+		},
+		"a name that isn't UTF-8 is wrong once": {
+			target: process(func(t *api.Target) { t.Name = "a\xff" }),
+			want:   []string{`metadata.name: Invalid value: "a\xff": ` + labelText},
+		},
 		"a namespace is required": {
 			target: process(func(t *api.Target) { t.Namespace = "" }),
 			want:   []string{`metadata.namespace: Required value`},
@@ -455,6 +463,27 @@ func TestValidateTargetProcess(t *testing.T) {
 		"a user's number has no leading zeros": {
 			target: with(func(p *api.ProcessSource) { p.User = "0755" }),
 			want:   []string{`spec.process.user: Invalid value: "0755": ` + userIDText},
+		},
+		"text is UTF-8, and of each list the first that isn't is named": {
+			target: with(func(p *api.ProcessSource) {
+				p.Args = []string{"a", "\xff", "\xff"}
+				p.Env = []api.EnvVar{{Name: "A", Value: "ü\xfc"}, {Name: "B", Value: "\xc3"}}
+				p.WorkingDir = "/\xff"
+			}),
+			want: []string{
+				`spec.process.args[1]: Invalid value: must be valid UTF-8`,
+				`spec.process.env[0].value: Invalid value: must be valid UTF-8`,
+				`spec.process.env[1].value: Invalid value: must be valid UTF-8`,
+				`spec.process.workingDir: Invalid value: must be valid UTF-8`,
+			},
+		},
+		"at most 16 strings that aren't UTF-8 are named": {
+			target: with(func(p *api.ProcessSource) {
+				p.Env = many(17, func(i int) api.EnvVar { return api.EnvVar{Name: fmt.Sprint("V", i), Value: "\xff"} })
+			}),
+			want: many(16, func(i int) string {
+				return fmt.Sprintf(`spec.process.env[%d].value: Invalid value: must be valid UTF-8`, i)
+			}),
 		},
 		"a terminal needs stdin": {
 			target: with(func(p *api.ProcessSource) { p.TTY = true }),
