@@ -13,9 +13,10 @@ import (
 	"aaserver.io/aaserver/apis/streaming/validation"
 )
 
-// strategy is how classes are created, updated and deleted.
+// strategy is how classes are created, updated and deleted. They are validated
+// by the tags of the version that the request is in, and by hand.
 type strategy struct {
-	runtime.ObjectTyper
+	rest.DeclarativeValidation
 	names.NameGenerator
 }
 
@@ -23,10 +24,12 @@ var (
 	_ rest.RESTCreateStrategy = strategy{}
 	_ rest.RESTUpdateStrategy = strategy{}
 	_ rest.RESTDeleteStrategy = strategy{}
+
+	_ rest.DeclarativeValidationStrategy = strategy{}
 )
 
-func newStrategy(typer runtime.ObjectTyper) strategy {
-	return strategy{typer, names.SimpleNameGenerator}
+func newStrategy(scheme *runtime.Scheme) strategy {
+	return strategy{rest.DeclarativeValidation{Scheme: scheme}, names.SimpleNameGenerator}
 }
 
 func (strategy) NamespaceScoped() bool { return false }

@@ -1,11 +1,13 @@
 package validation_test
 
 import (
+	"strings"
 	"testing"
 
 	"k8s.io/apimachinery/pkg/api/validate/content"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	api "aaserver.io/aaserver/apis/streaming"
 	"aaserver.io/aaserver/apis/streaming/install"
@@ -63,7 +65,27 @@ func FuzzValidateTarget(f *testing.F) {
 		}
 		changed := target.DeepCopy()
 		changed.Spec.ClassName += "x"
-		_ = validation.ValidateTargetUpdate(changed, target)
+		before := map[string]int{}
+		for _, err := range validation.ValidateTarget(changed) {
+			before[err.Error()]++
+		}
+		for _, err := range validation.ValidateTargetUpdate(changed, target) {
+			if before[err.Error()]--; before[err.Error()] < 0 && strings.HasPrefix(err.Field, "spec") {
+				t.Errorf("an update is refused for what a creation isn't: %v", err)
+			}
+		}
+		relabelled := target.DeepCopy()
+		relabelled.Labels = map[string]string{"tier": "front"}
+		for _, update := range []field.ErrorList{
+			validation.ValidateTargetUpdate(relabelled, target),
+			validation.ValidateTargetStatusUpdate(relabelled, target),
+		} {
+			for _, err := range update {
+				if !strings.HasPrefix(err.Field, "metadata") {
+					t.Errorf("an update is refused for what stays as it is: %v", err)
+				}
+			}
+		}
 		if len(errs) > 0 {
 			return
 		}
