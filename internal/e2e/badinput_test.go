@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -177,7 +179,9 @@ func (s *server) wantBounded(t *testing.T, limit int64, f func()) {
 	}
 	before := s.peakMemory()
 	f()
-	if grown := s.peakMemory() - before; grown > limit {
+	grown := s.peakMemory() - before
+	t.Logf("the server's peak of memory grew by %d MiB", grown>>20)
+	if grown > limit {
 		t.Errorf("the server's memory grew by %d MiB, want at most %d", grown>>20, limit>>20)
 	}
 }
@@ -243,7 +247,13 @@ func TestBadInput(t *testing.T) {
 			}
 		})
 		below := strings.Repeat("a", 2<<20)
-		raw.do("POST", targetsPath, typeJSON, idle("below", `,"className":"`+below+`"`)).want(t, invalid, "spec.className: Too long")
+		raw.do("POST", targetsPath, typeJSON, bytes.Replace(idle("below", ""), []byte(`"process":{`), []byte(`"process":{"workingDir":"/`+below+`",`), 1)).
+			want(t, invalid, "spec.process.workingDir: Too long")
+		answer := raw.do("POST", targetsPath, typeJSON, idle("below", `,"className":"`+below+`"`))
+		answer.want(t, []int{http.StatusForbidden, http.StatusUnprocessableEntity}, "className")
+		if len(answer.body) > 64<<10 {
+			t.Errorf("the error has %d bytes", len(answer.body))
+		}
 		raw.do("PATCH", targetsPath+"/large", typeMergePatch, []byte(`{"metadata":{"annotations":{"a":"`+below+`"}}}`)).want(t, invalid, "metadata.annotations: Too long")
 	})
 
@@ -402,6 +412,10 @@ func TestBadInput(t *testing.T) {
 			"a name that is a path":     {"POST", targetsPath, body(v1Name, "Target", `{"name":"../a"}`), invalid, "metadata.name"},
 			"a patch of the name":       {"PATCH", targetsPath + "/right", []byte(`{"metadata":{"name":"left"}}`), badRequest, "does not match"},
 			"a patch of the kind":       {"PATCH", targetsPath + "/right", []byte(`{"kind":"TargetClass"}`), []int{http.StatusBadRequest, http.StatusUnprocessableEntity}, "TargetClass"},
+			"a scale of another name":   {"PUT", targetsPath + "/right/scale", []byte(`{"apiVersion":"autoscaling/v1","kind":"Scale","metadata":{"name":"left"},"spec":{"replicas":0}}`), badRequest, "does not match"},
+			"a scale of another group":  {"PUT", targetsPath + "/right/scale", []byte(`{"apiVersion":"extensions/v1beta1","kind":"Scale","metadata":{"name":"right"},"spec":{"replicas":0}}`), badRequest, "extensions/v1beta1"},
+			"a target for a scale":      {"PUT", targetsPath + "/right/scale", idle("right", ""), badRequest, "Target"},
+			"a scale below zero":        {"PUT", targetsPath + "/right/scale", []byte(`{"apiVersion":"autoscaling/v1","kind":"Scale","metadata":{"name":"right"},"spec":{"replicas":-1}}`), invalid, "spec.replicas"},
 			"no body":                   {"POST", targetsPath, nil, badRequest, ""},
 			"null":                      {"POST", targetsPath, []byte("null"), []int{http.StatusBadRequest, http.StatusUnprocessableEntity}, ""},
 			"a list of nothing":         {"POST", targetsPath, []byte("[]"), badRequest, ""},
@@ -444,7 +458,28 @@ func TestBadInput(t *testing.T) {
 		}
 		raw.do("PATCH", targetsPath+"/raced", typeMergePatch, fmt.Appendf(nil, `{"metadata":{"resourceVersion":%q,"annotations":{"by":"third"}}}`, first.ResourceVersion)).want(t, conflict)
 
+		stale, err := json.Marshal(first)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := s.run(binaries.kubectl, string(stale), "replace", "-f", "-")
+		if r.code == 0 {
+			t.Error("kubectl replaced a newer object by an older")
+		}
+		wantContains(t, "replace", r.stderr, "the object has been modified")
+
 		const writers = 50
+		created := make([]int, writers)
+		var creators sync.WaitGroup
+		for i := range writers {
+			creators.Go(func() { created[i] = raw.do("POST", targetsPath, typeJSON, idle("once", "")).code })
+		}
+		creators.Wait()
+		slices.Sort(created)
+		if created[0] != http.StatusCreated || created[1] != http.StatusConflict || created[writers-1] != http.StatusConflict {
+			t.Errorf("creations of one name: %v", created)
+		}
+
 		codes := make([]int, writers)
 		var group sync.WaitGroup
 		for i := range writers {
@@ -592,10 +627,45 @@ func TestBadInput(t *testing.T) {
 		raw.do("POST", targetsPath, typeProtobuf, enveloped(append(later, "abc"...))).want(t, created)
 	})
 
+	t.Run("classes", func(t *testing.T) {
+		const classesPath = "/apis/streaming.aaserver.io/v1/targetclasses"
+		class := func(name, spec string) []byte {
+			return fmt.Appendf(nil, `{"apiVersion":"streaming.aaserver.io/v1","kind":"TargetClass","metadata":{"name":%q},"spec":%s}`, name, spec)
+		}
+		const wrong = `{"sources":["pod"],"users":["a","a"],"addresses":{"allow":["10.0.0.1/8"]},"ports":{"allowed":[{"port":0},{"port":65536},{"port":2,"endPort":1,"protocol":"SCTP"}]},"limits":{"sessionsPerUser":0}}`
+		want := []string{
+			"spec.sources[0]", "spec.users[1]", "spec.addresses.allow[0]", "spec.ports.allowed[0].port", "spec.ports.allowed[1].port",
+			"spec.ports.allowed[2].endPort", "spec.ports.allowed[2].protocol", "spec.limits.sessionsPerUser",
+		}
+		wantCauses := func(t *testing.T, answer answer) {
+			t.Helper()
+			var status metav1.Status
+			if err := json.Unmarshal([]byte(answer.body), &status); err != nil || answer.code != http.StatusUnprocessableEntity {
+				t.Fatalf("code %d: %s", answer.code, answer.body)
+			}
+			var got []string
+			for _, cause := range status.Details.Causes {
+				got = append(got, cause.Field)
+			}
+			sorted := cmpopts.SortSlices(func(a, b string) bool { return a < b })
+			if diff := cmp.Diff(want, got, sorted); diff != "" {
+				t.Errorf("fields that are wrong (-want +got):\n%s", diff)
+			}
+		}
+		wantCauses(t, raw.do("POST", classesPath, typeJSON, class("wrong", wrong)))
+		raw.do("POST", classesPath, typeJSON, class("strict", `{}`)).want(t, created)
+		wantCauses(t, raw.do("PUT", classesPath+"/strict", typeJSON, class("strict", wrong)))
+		wantCauses(t, raw.do("PATCH", classesPath+"/strict", typeMergePatch, class("strict", wrong)))
+		raw.do("PATCH", classesPath+"/strict?fieldManager=a", typeApply, class("strict", `{"sources":["pod"]}`)).want(t, invalid, "spec.sources[0]")
+		raw.do("POST", classesPath, typeJSON, class("many", `{"agents":["`+strings.Repeat(`a","`, 500_000)+`a"]}`)).want(t, invalid, "spec.agents: Too many: 500001")
+		r := s.run(binaries.kubectl, string(class("wrong", `{"limits":{"sessionsPerUser":0}}`)), "create", "-f", "-")
+		wantContains(t, "kubectl", r.stderr, "spec.limits.sessionsPerUser: Invalid value: 0: must be greater than or equal to 1")
+	})
+
 	t.Run("encodings that aren't offered", func(t *testing.T) {
 		raw.do("POST", targetsPath, "application/cbor", []byte("\xd9\xd9\xf7\xa0")).want(t, unsupported)
 		raw.do("POST", targetsPath, "text/plain", idle("plain", "")).want(t, unsupported)
-		raw.do("PATCH", targetsPath+"/fine", "application/strategic-merge-patch+json", []byte(`{}`)).want(t, append(unsupported, http.StatusOK))
+		raw.do("PATCH", targetsPath+"/fine", "application/strategic-merge-patch+json", []byte(`{}`)).want(t, ok)
 
 		var bomb bytes.Buffer
 		writer, err := gzip.NewWriterLevel(&bomb, gzip.BestCompression)
