@@ -49,6 +49,8 @@ var layers = []layer{
 		reason: "what a class allows follows from the class: whoever enforces it, on a server or not, judges alike"},
 	{packages: "internal/storage", may: nil, never: []string{"github.com/k3s-io/kine/pkg/endpoint"},
 		reason: "storage is a backend, not a user of the API; kine's endpoint package links every driver with its server"},
+	{packages: "internal/storage/storagetest", may: nil, never: []string{"github.com/k3s-io/kine"},
+		reason: "the end-to-end tests start databases by it, and link no storage"},
 	{packages: "internal/pki", may: nil,
 		reason: "certificates are made of files and time"},
 	{packages: "internal/version", may: nil, reason: "everything may ask for the version"},

@@ -151,9 +151,8 @@ func (o *ServeOptions) Validate() error {
 		}
 	case !o.etcd():
 		errs = append(errs, errors.New("--etcd-servers or --storage-endpoint is needed: it says where objects are stored"))
-	default:
-		errs = append(errs, o.Recommended.Etcd.Validate()...)
 	}
+	errs = append(errs, validateEtcd(o.Recommended.Etcd)...)
 	if o.EmbeddedAgent != "" {
 		if o.DataDir == "" {
 			errs = append(errs, errors.New("--embedded-agent needs --data-dir: it says where the logs of its targets are kept"))
@@ -282,7 +281,7 @@ func (o *ServeOptions) config() (*Config, error) {
 	}
 	port := serving.BindPort // it is forgotten when it can't be bound
 	if err := o.Recommended.ApplyTo(config.Generic); err != nil {
-		return nil, o.explain(err, port)
+		return nil, explainEncryption(o.Recommended.Etcd, o.explain(err, port))
 	}
 	main, err := kubernetes.NewForConfig(config.Generic.ClientConfig)
 	if err != nil {

@@ -23,6 +23,7 @@ import (
 	"aaserver.io/aaserver/apis/generated/openapi"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/apis/streaming/v1alpha1"
+	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/internal/version"
 	"aaserver.io/aaserver/registry/access"
 	"aaserver.io/aaserver/registry/event"
@@ -46,6 +47,8 @@ type ExtraConfig struct {
 	// Standalone serves what is otherwise the main API server's and clients rely
 	// on: SelfSubjectAccessReview and Events.
 	Standalone bool
+	// EventTTL is how long an Event is kept after it was last written.
+	EventTTL time.Duration
 	// DrainTimeout bounds how long open sessions may take to end at shutdown.
 	DrainTimeout time.Duration
 }
@@ -105,6 +108,7 @@ type CompletedConfig struct {
 
 // Complete fills in what follows from the rest.
 func (c *Config) Complete() CompletedConfig {
+	c.Generic.RESTOptionsGetter = storage.SayTooLarge(c.Generic.RESTOptionsGetter)
 	completed := completedConfig{c.Generic.Complete(), c.Extra}
 	completed.extra.Target.Authorizer = c.Generic.Authorization.Authorizer
 	completed.extra.Target.Classes = c.Extra.Stores.Classes
@@ -138,7 +142,7 @@ func (c completedConfig) New() (*Server, error) {
 		if err := server.InstallAPIGroup(&group); err != nil {
 			return nil, err
 		}
-		events, err := event.Storage(Scheme, c.generic.RESTOptionsGetter, event.DefaultTTL)
+		events, err := event.Storage(Scheme, c.generic.RESTOptionsGetter, c.extra.EventTTL)
 		if err != nil {
 			return nil, fmt.Errorf("the storage of events: %w", err)
 		}

@@ -37,11 +37,15 @@ import (
 	"aaserver.io/aaserver/internal/admission"
 	"aaserver.io/aaserver/internal/pki"
 	"aaserver.io/aaserver/internal/storage"
+	"aaserver.io/aaserver/registry/event"
 	"aaserver.io/aaserver/registry/target"
 )
 
 // LocalAgent is the name of the agent that a standalone server embeds.
 const LocalAgent = "local"
+
+// minEventTTL is the shortest time that etcd lets a lease live for.
+const minEventTTL = 2 * time.Second
 
 // healthPaths answer everybody, so that a supervisor can probe them.
 var healthPaths = []string{"/healthz", "/livez", "/readyz"}
@@ -57,6 +61,9 @@ type StandaloneOptions struct {
 	// Hostnames are further names and addresses that the serving certificate
 	// is for.
 	Hostnames []string
+	// EventTTL is how long an Event is kept after it was last written, in whole
+	// seconds.
+	EventTTL time.Duration
 	// StreamOptions bounds streams and processes.
 	StreamOptions
 	// Demo creates the demo's targets.
@@ -84,6 +91,7 @@ func NewStandaloneOptions() *StandaloneOptions {
 	serving.BindAddress = net.IPv4(127, 0, 0, 1)
 	serving.BindPort = 7443
 	return &StandaloneOptions{
+		EventTTL:      event.DefaultTTL,
 		StreamOptions: newStreamOptions(),
 		Etcd:          newEtcdOptions(),
 		SecureServing: serving.WithLoopback(),
@@ -98,6 +106,7 @@ func (o *StandaloneOptions) AddFlags(flags *pflag.FlagSet) {
 	flags.IPVar(&o.SecureServing.BindAddress, "bind-address", o.SecureServing.BindAddress, "The address to serve on. Clients need the administrator's certificate, wherever they are.")
 	flags.IntVar(&o.SecureServing.BindPort, "secure-port", o.SecureServing.BindPort, "The port to serve HTTPS on; 0 for any free one.")
 	flags.StringSliceVar(&o.Hostnames, "hostname", o.Hostnames, "A further name or address that the serving certificate is for. May be given several times.")
+	flags.DurationVar(&o.EventTTL, "event-ttl", o.EventTTL, "How long an Event is kept after it was last written.")
 	o.StreamOptions.addFlags(flags)
 	flags.BoolVar(&o.Demo, "demo", o.Demo, "Create the targets web, ticker and shell in the namespace default, to try things on.")
 	o.Etcd.AddFlags(flags)
@@ -121,10 +130,11 @@ func (o *StandaloneOptions) Validate() error {
 	if o.SecureServing.BindPort < 0 || o.SecureServing.BindPort > 65535 {
 		errs = append(errs, fmt.Errorf("--secure-port %d must be between 0 and 65535", o.SecureServing.BindPort))
 	}
-	errs = append(errs, o.StreamOptions.validate()...)
-	if o.etcd() {
-		errs = append(errs, o.Etcd.Validate()...)
+	if o.EventTTL < minEventTTL {
+		errs = append(errs, fmt.Errorf("--event-ttl %s must be at least %s", o.EventTTL, minEventTTL))
 	}
+	errs = append(errs, o.StreamOptions.validate()...)
+	errs = append(errs, validateEtcd(o.Etcd)...)
 	errs = append(errs, o.Audit.Validate()...)
 	return utilerrors.NewAggregate(errs)
 }
@@ -302,7 +312,7 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 		return nil, err
 	}
 	if err := etcd.ApplyTo(generic); err != nil {
-		return nil, err
+		return nil, explainEncryption(etcd, err)
 	}
 	if err := o.Audit.ApplyTo(generic); err != nil {
 		return nil, err
@@ -366,6 +376,7 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 	config.Extra = ExtraConfig{
 		Stores:       stores,
 		Standalone:   true,
+		EventTTL:     o.EventTTL,
 		DrainTimeout: o.DrainTimeout,
 		Target: target.Options{
 			Limits:        o.Limits,

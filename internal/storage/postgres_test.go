@@ -1,18 +1,12 @@
 package storage
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"slices"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -20,72 +14,12 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgproto3"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"aaserver.io/aaserver/internal/storage/storagetest"
 )
 
-const password = "p/s#w:%@secret"
-
-// postgres runs a PostgreSQL server, if there is one on this machine, and
-// returns its URL without a database.
-func postgres(t *testing.T) string {
-	t.Helper()
-	dirs, _ := filepath.Glob("/usr/lib/postgresql/*/bin")
-	dirs = append(dirs, filepath.SplitList(os.Getenv("PATH"))...)
-	i := slices.IndexFunc(dirs, func(dir string) bool {
-		_, err := os.Stat(filepath.Join(dir, "initdb"))
-		return err == nil
-	})
-	if i < 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("no PostgreSQL server is installed: .ci/run is to see to that")
-		}
-		t.Skip("no PostgreSQL server is installed")
-	}
-	data := shortDir(t)
-	passwordFile := filepath.Join(data, "password")
-	if err := os.WriteFile(passwordFile, []byte(password), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var attr *syscall.SysProcAttr
-	if os.Getuid() == 0 { // which PostgreSQL refuses
-		const nobody = 65534
-		attr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
-		for _, path := range []string{data, passwordFile} {
-			if err := os.Chown(path, nobody, nobody); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	db := filepath.Join(data, "db")
-	initdb := exec.Command(filepath.Join(dirs[i], "initdb"), "-D", db, "-U", "me", "-A", "scram-sha-256", "--pwfile", passwordFile, "--no-sync", "-E", "UTF8", "--locale=C")
-	initdb.SysProcAttr, initdb.Dir = attr, data
-	if out, err := initdb.CombinedOutput(); err != nil {
-		t.Fatalf("initdb: %v\n%s", err, out)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
-	server := exec.Command(filepath.Join(dirs[i], "postgres"), "-D", db, "-h", "127.0.0.1", "-p", fmt.Sprint(port), "-k", data, "-F")
-	server.SysProcAttr, server.Dir = attr, data
-	var log bytes.Buffer
-	server.Stdout, server.Stderr = &log, &log
-	if err := server.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = server.Process.Signal(syscall.SIGQUIT)
-		_ = server.Wait()
-		if t.Failed() {
-			t.Logf("%s", &log)
-		}
-	})
-	return fmt.Sprintf("postgres://me:p%%2Fs%%23w%%3A%%25%%40secret@127.0.0.1:%d/", port)
-}
-
 func TestPostgres(t *testing.T) {
-	url := postgres(t)
+	url := storagetest.Postgres(t)
 	begin := func(t *testing.T, database string) *Backend {
 		t.Helper()
 		// The server may still be starting: Start waits for it.

@@ -171,7 +171,7 @@ func Start(ctx context.Context, opts Options) (_ *Backend, err error) {
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxSendMsgSize(math.MaxInt32),
 		grpc.WaitForHandlers(true),
-		grpc.UnaryInterceptor(recoverFailedTransaction),
+		grpc.ChainUnaryInterceptor(refuseTooLarge, recoverFailedTransaction),
 		grpc.StreamInterceptor(refuseRangeStream),
 	)
 	server.New(kine, "unix", 5*time.Second, etcdVersion).Register(b.grpc)
