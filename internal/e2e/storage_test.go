@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
 	"os"
 	"path"
@@ -15,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -128,36 +130,28 @@ func testStorage(t *testing.T, place place) {
 	ttl := "--event-ttl=" + eventTTL.String()
 	s := startStored(t, dir, place, ttl)
 	expiring := s.newEvent(t, "expiring", "first", "")
-	part := func(name string, f func(*testing.T)) {
-		t.Run(name, func(t *testing.T) {
-			begun := time.Now()
-			f(t)
-			t.Logf("%.1f s", time.Since(begun).Seconds())
-		})
-	}
-
-	part("objects are created, read, updated and deleted", s.testObjects)
-	part("of two updates of one version, one is a conflict", s.testConflicts)
-	part("a watch from a revision shows all that came after it, in order", func(t *testing.T) { s.testWatch(t, "cached") })
-	part("bookmarks and lists are as recent as the storage", s.testBookmarks)
-	part("pages are of one revision, in spite of changes", func(t *testing.T) { s.testPages(t, "cached") })
-	part("objects may be large, and are refused if too large", s.testSizes)
+	t.Run("objects are created, read, updated and deleted", s.testObjects)
+	t.Run("of two updates of one version, one is a conflict", s.testConflicts)
+	t.Run("a watch from a revision shows all that came after it, in order", func(t *testing.T) { s.testWatch(t, "cached") })
+	t.Run("bookmarks and lists are as recent as the storage", s.testBookmarks)
+	t.Run("pages are of one revision, in spite of changes", func(t *testing.T) { s.testPages(t, "cached") })
+	t.Run("objects may be large, and are refused if too large", s.testSizes)
 	old := s.somePage(t)
-	part("ten thousand targets", s.testMany)
+	t.Run("ten thousand targets", s.testMany)
 
 	s.stop(syscall.SIGTERM, 30*time.Second)
 	s = startStored(t, dir, place, ttl, "--watch-cache=false")
-	part("without the watch cache: everything is there after a restart", s.testManyAgain)
-	part("without the watch cache: a watch from a revision of before the restart", func(t *testing.T) { s.testWatchFrom(t, old) })
-	part("without the watch cache: a watch from a revision", func(t *testing.T) { s.testWatch(t, "direct") })
-	part("without the watch cache: pages", func(t *testing.T) { s.testPages(t, "direct") })
-	part("an event is gone when its time is over", func(t *testing.T) { s.testExpired(t, expiring) })
+	t.Run("without the watch cache: everything is there after a restart", s.testManyAgain)
+	t.Run("without the watch cache: a watch from a revision of before the restart", func(t *testing.T) { s.testWatchFrom(t, old) })
+	t.Run("without the watch cache: a watch from a revision", func(t *testing.T) { s.testWatch(t, "direct") })
+	t.Run("without the watch cache: pages", func(t *testing.T) { s.testPages(t, "direct") })
+	t.Run("an event is gone when its time is over", func(t *testing.T) { s.testExpired(t, expiring) })
 	expiring = s.newEvent(t, "expiring", "second", "")
 
 	s.stop(syscall.SIGTERM, 30*time.Second)
 	s = startStored(t, dir, place, ttl, "--watch-cache=false", "--etcd-compaction-interval=1s")
-	part("what was compacted is gone, and said to be", func(t *testing.T) { s.testCompacted(t, old) })
-	part("an event of before a restart is gone when its time is over", func(t *testing.T) { s.testExpired(t, expiring) })
+	t.Run("what was compacted is gone, and said to be", func(t *testing.T) { s.testCompacted(t, old) })
+	t.Run("an event of before a restart is gone when its time is over", func(t *testing.T) { s.testExpired(t, expiring) })
 }
 
 func newTarget(name string) *v1.Target {
@@ -590,9 +584,7 @@ func (s *stored) testMany(t *testing.T) {
 		watched <- n
 	}()
 
-	begun := time.Now()
 	createMany(t, targets, manyTargets)
-	t.Logf("%d created in %.1f s", manyTargets, time.Since(begun).Seconds())
 	select {
 	case n := <-watched:
 		if n != manyTargets {
@@ -613,6 +605,8 @@ func createMany(t testing.TB, targets typedv1.TargetInterface, n int) {
 			for i := w; i < n; i += writers {
 				target := newTarget(fmt.Sprintf("t-%05d", i))
 				target.Labels = map[string]string{"tenth": strconv.FormatBool(i%10 == 0)}
+				// As the agent would, which has a write less to do then.
+				target.Finalizers = []string{v1.FinalizerInstances}
 				if _, err := targets.Create(t.Context(), target, metav1.CreateOptions{}); err != nil {
 					t.Error(err)
 					return
@@ -635,7 +629,6 @@ func (s *stored) wantMany(t *testing.T, ways ...metav1.ListOptions) {
 		if options.LabelSelector != "" {
 			want /= 10
 		}
-		begun := time.Now()
 		var got []string
 		for {
 			list, err := targets.List(ctx, options)
@@ -649,7 +642,6 @@ func (s *stored) wantMany(t *testing.T, ways ...metav1.ListOptions) {
 				break
 			}
 		}
-		t.Logf("%.2f s: %s", time.Since(begun).Seconds(), what)
 		if len(got) != want || !slices.IsSorted(got) || len(slices.Compact(got)) != want {
 			t.Errorf("%s: %d targets, sorted: %t; want %d once each", what, len(got), slices.IsSorted(got), want)
 		}
@@ -972,4 +964,104 @@ func testEncryption(t *testing.T, place place) {
 	s = restart(s, encryption("'*.*'", "identity"))
 	wantSecrets(s, "a=secret-of-a", "b=secret-of-b")
 	wantStored(map[string]string{"a": "plain text", "b": "plain text", "c": "plain text"})
+}
+
+// TestEncryptionRefuses: whoever gives a configuration wants objects encrypted.
+func TestEncryptionRefuses(t *testing.T) {
+	good := encryption("targets.streaming.aaserver.io", "key1", "identity")
+	replaced := func(old, new string) []string { return []string{strings.Replace(good, old, new, 1)} }
+	for name, tt := range map[string]struct {
+		config []string // the file's text, if there is one
+		args   []string
+		want   string
+	}{
+		"no such file":           {nil, nil, "no such file"},
+		"an empty file":          {[]string{""}, nil, "is empty"},
+		"no YAML":                {[]string{"a: ["}, nil, "yaml: "},
+		"another version":        {replaced("apiserver.config.k8s.io/v1", "v1"), nil, `no kind "EncryptionConfiguration" is registered`},
+		"an unknown field":       {replaced("providers", "provider"), nil, `unknown field "resources[0].provider"`},
+		"an unknown provider":    {replaced("identity", "other"), nil, `unknown field "resources[0].providers[1].other"`},
+		"a short key":            {replaced(encryptionKeys["key1"], "c2hvcnQ="), nil, "secret is not of the expected length, got 5, expected one of [32]"},
+		"a key that isn't coded": {replaced(encryptionKeys["key1"], "'?'"), nil, "secrets must be base64 encoded"},
+		"targets without group":  {replaced("targets.streaming.aaserver.io", "targets"), nil, "targets aren't named in it, and would be stored in plain text: name targets.streaming.aaserver.io"},
+		"other resources alone":  {replaced("targets.streaming.aaserver.io", "secrets"), nil, "targets aren't named in it"},
+		"reload without a file":  {nil, []string{"--encryption-provider-config-automatic-reload"}, "must be set with --encryption-provider-config"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir, file := t.TempDir(), filepath.Join(t.TempDir(), "encryption.yaml")
+			args := tt.args
+			if args == nil {
+				args = []string{"--encryption-provider-config=" + file}
+			}
+			if tt.config != nil {
+				if err := os.WriteFile(file, []byte(tt.config[0]), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s := launch(t, &client{t: t, dir: dir}, append([]string{"standalone", "--data-dir", dir, "--secure-port=0"}, args...)...)
+			t.Cleanup(s.kill)
+			select {
+			case <-s.ended:
+			case <-time.After(30 * time.Second):
+				t.Fatal("the server goes on")
+			}
+			if code := s.cmd.ProcessState.ExitCode(); code != 1 {
+				t.Errorf("exit code %d", code)
+			}
+			if want := "error: --encryption-provider-config"; !strings.Contains(s.output(), want) {
+				t.Errorf("no %q in: %s", want, s.output())
+			}
+			wantContains(t, "the refusal", s.output(), tt.want)
+		})
+	}
+}
+
+// BenchmarkStorage compares the storages, by events, which nobody else writes.
+func BenchmarkStorage(b *testing.B) {
+	for _, name := range slices.Sorted(maps.Keys(storages)) {
+		b.Run(name, func(b *testing.B) {
+			s := startStored(b, b.TempDir(), storages[name](b))
+			s.benchmark(b)
+		})
+	}
+}
+
+func (s *stored) benchmark(b *testing.B) {
+	var n atomic.Int64
+	create := func(b *testing.B, namespace string) {
+		s.newEvent(b, namespace, fmt.Sprintf("e-%08d", n.Add(1)), strings.Repeat("x", 1000))
+	}
+	b.Run("create", func(b *testing.B) {
+		b.SetParallelism(8)
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				create(b, "many")
+			}
+		})
+		b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "creates/s")
+	})
+	// Most of it is the same for all: the list comes from the watch cache,
+	// which asks the storage how recent that is.
+	b.Run("list", func(b *testing.B) {
+		for range 1000 {
+			create(b, "list")
+		}
+		for b.Loop() {
+			list, err := s.core.CoreV1().Events("list").List(b.Context(), metav1.ListOptions{})
+			if err != nil || len(list.Items) < 1000 {
+				b.Fatalf("%d events, %v", len(list.Items), err)
+			}
+		}
+	})
+	b.Run("create to watch", func(b *testing.B) {
+		w, err := s.core.CoreV1().Events("watch").Watch(b.Context(), metav1.ListOptions{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer w.Stop()
+		for b.Loop() {
+			create(b, "watch")
+			next(b, w)
+		}
+	})
 }
