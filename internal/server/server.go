@@ -85,6 +85,7 @@ type Stores struct {
 
 // NewStores opens the stores.
 func NewStores(optsGetter generic.RESTOptionsGetter, opts target.StoreOptions) (*Stores, error) {
+	optsGetter = storage.SayTooLarge(optsGetter)
 	targets, err := target.NewStore(Scheme, optsGetter, opts)
 	if err != nil {
 		return nil, fmt.Errorf("the storage of targets: %w", err)
@@ -108,7 +109,6 @@ type CompletedConfig struct {
 
 // Complete fills in what follows from the rest.
 func (c *Config) Complete() CompletedConfig {
-	c.Generic.RESTOptionsGetter = storage.SayTooLarge(c.Generic.RESTOptionsGetter)
 	completed := completedConfig{c.Generic.Complete(), c.Extra}
 	completed.extra.Target.Authorizer = c.Generic.Authorization.Authorizer
 	completed.extra.Target.Classes = c.Extra.Stores.Classes
@@ -142,7 +142,7 @@ func (c completedConfig) New() (*Server, error) {
 		if err := server.InstallAPIGroup(&group); err != nil {
 			return nil, err
 		}
-		events, err := event.Storage(Scheme, c.generic.RESTOptionsGetter, c.extra.EventTTL)
+		events, err := event.Storage(Scheme, storage.SayTooLarge(c.generic.RESTOptionsGetter), c.extra.EventTTL)
 		if err != nil {
 			return nil, fmt.Errorf("the storage of events: %w", err)
 		}

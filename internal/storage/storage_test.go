@@ -166,6 +166,13 @@ func testEtcdSemantics(t *testing.T, b *Backend) {
 		t.Errorf("revision %d after %d", again, rev)
 	}
 
+	_, err = c.Txn(t.Context()).If(clientv3.Compare(clientv3.ModRevision("/large/a"), "=", 0)).
+		Then(clientv3.OpPut("/large/a", strings.Repeat("v", maxTransaction))).Commit()
+	if err != rpctypes.ErrRequestTooLarge {
+		t.Errorf("a value that is too large: %v", err)
+	}
+	create(t, c, "/large/b", strings.Repeat("v", maxTransaction-1000))
+
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	var got []string
