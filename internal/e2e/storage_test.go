@@ -872,7 +872,11 @@ func TestEncryptionAtRest(t *testing.T) {
 }
 
 func testEncryption(t *testing.T, place place) {
-	const resources = "targets.streaming.aaserver.io, events"
+	const resources = "'*.streaming.aaserver.io', events"
+	rewrite := func(s *stored) {
+		t.Helper()
+		s.kubectlStdin(s.kubectl("get", "targets,targetclasses,events", "-A", "-o", "json"), "replace", "-f", "-")
+	}
 	dir, file := t.TempDir(), filepath.Join(t.TempDir(), "encryption.yaml")
 	start := func(config string) *stored {
 		t.Helper()
@@ -952,7 +956,7 @@ func testEncryption(t *testing.T, place place) {
 	// The old key is kept until everything is rewritten by the new one.
 	s = restart(s, encryption(resources, "key2", "key1", "identity"))
 	wantSecrets(s, "a=secret-of-a", "b=secret-of-b")
-	s.kubectlStdin(s.kubectl("get", "targets,events", "-A", "-o", "json"), "replace", "-f", "-")
+	rewrite(s)
 	wantStored(map[string]string{"a": "key2", "b": "key2", "c": "key2"})
 
 	s = restart(s, encryption(resources, "key2"))
@@ -960,7 +964,7 @@ func testEncryption(t *testing.T, place place) {
 
 	// Back to plain text.
 	s = restart(s, encryption("'*.*'", "identity", "key2"))
-	s.kubectlStdin(s.kubectl("get", "targets,events", "-A", "-o", "json"), "replace", "-f", "-")
+	rewrite(s)
 	s = restart(s, encryption("'*.*'", "identity"))
 	wantSecrets(s, "a=secret-of-a", "b=secret-of-b")
 	wantStored(map[string]string{"a": "plain text", "b": "plain text", "c": "plain text"})
