@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Regenerates everything under apis that is generated. The generators are
-# pinned in go.mod's tool block.
+# Regenerates everything under apis and docs that is generated. The generators
+# are pinned in the tool blocks of go.mod and hack/tools/go.mod.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -75,3 +75,13 @@ go tool informer-gen --go-header-file "$header" \
   --versioned-clientset-package "$module/$generated/clientset/versioned" \
   --listers-package "$module/$generated/listers" \
   ./apis/streaming/v1 ./apis/streaming/v1alpha1
+
+echo "docs of the API"
+for version in v1 v1alpha1; do
+  page=docs/api-$version.md
+  [ $version != v1 ] || page=docs/api.md
+  go tool -modfile=hack/tools/go.mod crd-ref-docs --log-level ERROR --renderer markdown \
+    --config hack/apidoc/config.yaml --templates-dir hack/apidoc/templates \
+    --source-path "apis/streaming/$version" --max-depth 20 --output-path "$page"
+  sed -i 's|<br />| |g' "$page"
+done

@@ -29,11 +29,11 @@ go list ./... | grep -v /apis/generated/ | xargs go tool staticcheck || fail "st
 # is reported and not mended on the way.
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-git ls-files --cached --others --exclude-standard -z -- go.mod go.sum apis hack | xargs -0 cp --parents -t "$copy"
+git ls-files --cached --others --exclude-standard -z -- go.mod go.sum apis docs hack | xargs -0 cp --parents -t "$copy"
 (cd "$copy" && hack/update.sh) || fail "the generators have failed"
-diff -r apis "$copy/apis" || fail "generated code is stale: run make update"
+{ diff -r apis "$copy/apis" && diff -r docs "$copy/docs"; } || fail "generated code is stale: run make update"
 
 echo "chart"
-go test ./charts || fail "the chart's golden files, README or manifest are stale: run make update"
+go test -count=1 ./charts || fail "the chart's golden files, README or manifest are stale: run make update"
 
 exit $failed
