@@ -34,8 +34,11 @@ controlplane: ## a real kube-apiserver, kube-controller-manager, kubectl and etc
 cluster: build controlplane ## that control plane with our server behind it
 	hack/cluster.sh
 
-bench: ## the benchmarks, ours beside the peers' in one run
+bench: build controlplane ## the benchmarks, ours beside the peers' in one run
 	go test -run '^$$' -bench . -benchmem ./streaming/... ./internal/driver/...
+	CGO_ENABLED=0 GOWORK=off go -C hack/bench/peer build -trimpath -o $(BIN)/bench-sample-apiserver .
+	CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./hack/bench
+	$(BIN)/bench -bin-dir $(BIN)
 
 update: ## regenerate what is generated
 	hack/update.sh

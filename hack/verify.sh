@@ -15,7 +15,7 @@ unformatted=$(git ls-files --cached --others --exclude-standard '*.go' | xargs g
 [ -z "$unformatted" ] || fail "not formatted (run gofmt -w): $unformatted"
 
 echo "go mod tidy"
-for module in . hack/controlplane hack/tools; do
+for module in . hack/bench/peer hack/controlplane hack/tools; do
   GOWORK=off go -C "$module" mod tidy -diff >/dev/null || fail "go.mod or go.sum of $module isn't tidy: run go mod tidy"
 done
 
