@@ -19,7 +19,7 @@ RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/root/.cache
     cp /etc/ssl/certs/ca-certificates.crt /rootfs/etc/ssl/certs/ && \
     echo 'aaserver:x:65532:65532::/:/aaserver' >/rootfs/etc/passwd && \
     echo 'aaserver:x:65532:' >/rootfs/etc/group && \
-    CGO_ENABLED=0 go build -trimpath \
+    CGO_ENABLED=0 go build -trimpath -tags fieldsv1string \
       -ldflags "-s -w -X aaserver.io/aaserver/internal/version.version=$VERSION" \
       -o /rootfs/aaserver .
 
