@@ -20,6 +20,7 @@ import (
 	"k8s.io/apiserver/pkg/authorization/authorizer"
 	quota "k8s.io/apiserver/pkg/quota/v1"
 	"k8s.io/apiserver/pkg/quota/v1/generic"
+	"k8s.io/client-go/tools/record"
 
 	"aaserver.io/aaserver/internal/admission/classpolicy"
 	"aaserver.io/aaserver/internal/admission/defaultclass"
@@ -57,6 +58,8 @@ type Options struct {
 	// Classes and Targets find what is judged, as it is stored now.
 	Classes policy.Classes
 	Targets plugin.Targets
+	// Recorder takes Events.
+	Recorder record.EventRecorder
 	// Services finds the cluster's service ranges. It fails while they aren't
 	// known.
 	Services func() ([]netip.Prefix, error)
@@ -100,6 +103,9 @@ func (i targetInitializer) Initialize(p admission.Interface) {
 	}
 	if wants, ok := p.(plugin.WantsTargets); ok {
 		wants.SetTargets(i.opts.Targets)
+	}
+	if wants, ok := p.(plugin.WantsRecorder); ok {
+		wants.SetRecorder(i.opts.Recorder)
 	}
 	if wants, ok := p.(plugin.WantsServices); ok {
 		wants.SetServices(i.opts.Services)

@@ -18,6 +18,7 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 	clientscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/tools/record"
 	basecompatibility "k8s.io/component-base/compatibility"
 
 	api "aaserver.io/aaserver/apis/streaming"
@@ -246,6 +247,11 @@ func TestChainsThatLackSomethingDoNotStart(t *testing.T) {
 			opts:  lacking(func(opts *Options) { opts.Services = nil }),
 			want:  []string{classpolicy.PluginName, "service ranges"},
 		},
+		"somewhere to tell of refusals": {
+			authz: allowing(),
+			opts:  lacking(func(opts *Options) { opts.Recorder = nil }),
+			want:  []string{classpolicy.PluginName, "refuses"},
+		},
 		"an authorizer for the class": {
 			opts: objs.options(),
 			want: []string{classpolicy.PluginName, "authorizer"},
@@ -279,7 +285,7 @@ func TestChainsThatLackSomethingDoNotStart(t *testing.T) {
 // TestOthersAreLeftAlone gives the plugins nothing that they could read: who
 // asks about something else must get through by that.
 func TestOthersAreLeftAlone(t *testing.T) {
-	chain, err := NewChain(allowing(), Options{Classes: untouchable{t}, Targets: untouchable{t}, Services: func() ([]netip.Prefix, error) {
+	chain, err := NewChain(allowing(), Options{Recorder: record.NewFakeRecorder(1), Classes: untouchable{t}, Targets: untouchable{t}, Services: func() ([]netip.Prefix, error) {
 		t.Error("the service ranges were read")
 		return nil, nil
 	}})
@@ -309,9 +315,9 @@ func (u untouchable) Class(context.Context, string) (*v1.TargetClass, error) {
 	return nil, nil
 }
 
-func (u untouchable) DefaultClass(context.Context) (*v1.TargetClass, error) {
+func (u untouchable) DefaultClass(context.Context) (string, error) {
 	u.t.Error("the default class was read")
-	return nil, nil
+	return "", nil
 }
 
 func (u untouchable) Target(context.Context, string, string) (*v1.Target, error) {

@@ -96,14 +96,14 @@ func TestTargetClassPolicyOnWrites(t *testing.T) {
 			classes:   []any{standard(defaultOne)},
 			request:   request{operation: admission.Create, object: process(unnamed)},
 			wantAsked: use("standard"),
-			wantRead:  []string{"default class"},
+			wantRead:  []string{"default class", "class standard"},
 		},
 		"the default class has to be usable too": {
 			classes:   []any{standard(defaultOne)},
 			authz:     &answers{decision: authorizer.DecisionNoOpinion},
 			request:   request{operation: admission.Create, object: process(unnamed)},
 			wantAsked: use("standard"),
-			wantRead:  []string{"default class"},
+			wantRead:  []string{"default class", "class standard"},
 			wantErr:   []string{`may not use targetclasses.streaming.aaserver.io "standard"`},
 		},
 		"without any class nothing is created": {
@@ -354,7 +354,7 @@ func TestTargetClassPolicyOnConnects(t *testing.T) {
 			classes:  []any{standard(func(class *v1.TargetClass) { defaultOne(class); class.Spec.Sources = nil })},
 			target:   process(func(target *api.Target) { target.Spec.ClassName = "" }),
 			requests: every,
-			wantRead: []string{"target shop/web", "default class"},
+			wantRead: []string{"target shop/web", "default class", "class standard"},
 			wantErr:  []string{`"standard"`, "spec.process"},
 		},
 		"a target without any class isn't connected to": {
@@ -420,6 +420,17 @@ func TestTargetClassPolicyOnConnects(t *testing.T) {
 				// Connecting needs no verb beyond the request's own.
 				got := judge(t, &answers{decision: authorizer.DecisionDeny}, objs, r)
 				checkRefusal(t, got.err, tt.wantErr)
+				// A refusal is told on the target.
+				select {
+				case event := <-objs.events.Events:
+					if tt.wantErr == nil || !strings.HasPrefix(event, "Warning ClassDenied Refused "+r.subresource+": ") {
+						t.Errorf("%s: the event %q", r.subresource, event)
+					}
+				default:
+					if tt.wantErr != nil {
+						t.Errorf("%s: no event tells of the refusal", r.subresource)
+					}
+				}
 				if len(got.asked) > 0 {
 					t.Errorf("%s: the authorizer was asked %v", r.subresource, got.asked)
 				}

@@ -12,6 +12,7 @@ import (
 	"k8s.io/apiserver/pkg/admission/initializer"
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
+	"k8s.io/client-go/tools/record"
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
@@ -24,10 +25,11 @@ type objects struct {
 	targets map[string]*v1.Target
 	err     error // of every read
 	read    []string
+	events  *record.FakeRecorder
 }
 
 func newObjects(objs ...any) *objects {
-	o := &objects{classes: map[string]*v1.TargetClass{}, targets: map[string]*v1.Target{}}
+	o := &objects{classes: map[string]*v1.TargetClass{}, targets: map[string]*v1.Target{}, events: record.NewFakeRecorder(10)}
 	for _, obj := range objs {
 		switch obj := obj.(type) {
 		case *v1.TargetClass:
@@ -50,13 +52,16 @@ func (o *objects) Class(_ context.Context, name string) (*v1.TargetClass, error)
 	return nil, apierrors.NewNotFound(v1.Resource("targetclasses"), name)
 }
 
-func (o *objects) DefaultClass(context.Context) (*v1.TargetClass, error) {
+func (o *objects) DefaultClass(context.Context) (string, error) {
 	o.read = append(o.read, "default class")
 	var all []*v1.TargetClass
 	for _, class := range o.classes {
 		all = append(all, class)
 	}
-	return policy.DefaultClass(all), o.err
+	if class := policy.DefaultClass(all); class != nil {
+		return class.Name, o.err
+	}
+	return "", o.err
 }
 
 func (o *objects) Target(_ context.Context, namespace, name string) (*v1.Target, error) {
@@ -75,7 +80,7 @@ func (o *objects) services() ([]netip.Prefix, error) {
 }
 
 func (o *objects) options() Options {
-	return Options{Classes: o, Targets: o, Services: o.services}
+	return Options{Recorder: o.events, Classes: o, Targets: o, Services: o.services}
 }
 
 // answers is an authorizer that always says the same, and what it was asked.

@@ -9,14 +9,15 @@ import (
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 )
 
-// Classes finds classes as they are stored now.
+// Classes finds classes.
 type Classes interface {
-	// Class returns the class of a name. It fails with a NotFound of the API
-	// if there is none.
+	// Class returns the class of a name as it is stored now. It fails with a
+	// NotFound of the API if there is none. The class isn't the caller's to
+	// change.
 	Class(ctx context.Context, name string) (*v1.TargetClass, error)
-	// DefaultClass returns the class of targets that name none, nil if there is
-	// none.
-	DefaultClass(ctx context.Context) (*v1.TargetClass, error)
+	// DefaultClass returns the name of the class of targets that name none, ""
+	// if there is none. That another is the default may show a moment late.
+	DefaultClass(ctx context.Context) (string, error)
 }
 
 // Governing returns the class that governs a target, by the name that the
@@ -24,14 +25,13 @@ type Classes interface {
 // *DeniedError.
 func Governing(ctx context.Context, classes Classes, name string) (*v1.TargetClass, error) {
 	if name == "" {
-		class, err := classes.DefaultClass(ctx)
-		switch {
+		var err error
+		switch name, err = classes.DefaultClass(ctx); {
 		case err != nil:
 			return nil, fmt.Errorf("finding the default class: %w", err)
-		case class == nil:
+		case name == "":
 			return nil, &DeniedError{reason: fmt.Sprintf("without a TargetClass nothing is allowed: name one in spec.className, or make one the default by the annotation %s: \"true\"", v1.AnnotationDefaultClass)}
 		}
-		return class, nil
 	}
 	class, err := classes.Class(ctx, name)
 	switch {

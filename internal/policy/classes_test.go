@@ -28,11 +28,11 @@ func (s storedClasses) Class(_ context.Context, name string) (*v1.TargetClass, e
 	return s.class, nil
 }
 
-func (s storedClasses) DefaultClass(context.Context) (*v1.TargetClass, error) {
+func (s storedClasses) DefaultClass(context.Context) (string, error) {
 	if s.err != nil || !s.isDefault {
-		return nil, s.err
+		return "", s.err
 	}
-	return s.class, nil
+	return s.class.Name, nil
 }
 
 func TestGoverning(t *testing.T) {

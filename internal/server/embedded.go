@@ -70,6 +70,15 @@ func newEmbeddedAgent(name, logs string, stopTimeout time.Duration, config *gene
 	return &embeddedAgent{name: name, logs: logs, stopTimeout: stopTimeout, agent: embedded, events: events}, nil
 }
 
+// newServerRecorder returns the recorder of what the server itself has to tell.
+func newServerRecorder(config *genericapiserver.RecommendedConfig) (*recorder.Recorder, error) {
+	hostname, err := os.Hostname()
+	if err != nil {
+		return nil, err
+	}
+	return newRecorder(config, corev1.EventSource{Component: "aaserver", Host: hostname})
+}
+
 // newRecorder returns a recorder of events, which its Run writes to the main
 // API, or without one to this server.
 func newRecorder(config *genericapiserver.RecommendedConfig, source corev1.EventSource) (*recorder.Recorder, error) {

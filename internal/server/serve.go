@@ -38,6 +38,7 @@ import (
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	aaadmission "aaserver.io/aaserver/internal/admission"
 	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/recorder"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
 	"aaserver.io/aaserver/streaming"
@@ -233,6 +234,10 @@ func (o *ServeOptions) Run(ctx context.Context) (err error) {
 	case err != nil:
 		return err
 	}
+	group.Go(func() error {
+		config.Extra.Recorder.Run(ctx)
+		return nil
+	})
 	served := make(chan struct{})
 	group.Go(func() error {
 		defer close(served)
@@ -267,13 +272,18 @@ func (o *ServeOptions) config() (*Config, error) {
 		return nil, err
 	}
 	var stores *Stores
+	var events *recorder.Recorder
 	var services func() ([]netip.Prefix, error)
 	o.Recommended.ExtraAdmissionInitializers = func(generic *genericapiserver.RecommendedConfig) (_ []admission.PluginInitializer, err error) {
 		services = o.serviceRanges(generic.SharedInformerFactory)
 		if stores, err = NewStores(generic.RESTOptionsGetter, target.StoreOptions{Sources: sets.New(v1.SourceProcess)}); err != nil {
 			return nil, err
 		}
+		if events, err = newServerRecorder(generic); err != nil {
+			return nil, err
+		}
 		return []admission.PluginInitializer{aaadmission.NewInitializer(aaadmission.Options{
+			Recorder: events,
 			Classes:  stores.Classes,
 			Targets:  stores.Targets,
 			Services: services,
@@ -295,6 +305,7 @@ func (o *ServeOptions) config() (*Config, error) {
 
 	config.Extra = ExtraConfig{
 		Stores:       stores,
+		Recorder:     events,
 		DrainTimeout: o.DrainTimeout,
 		Target: target.Options{
 			Drivers:       noDrivers,

@@ -23,6 +23,7 @@ import (
 	"aaserver.io/aaserver/apis/generated/openapi"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/apis/streaming/v1alpha1"
+	"aaserver.io/aaserver/internal/recorder"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/internal/version"
 	"aaserver.io/aaserver/registry/access"
@@ -42,13 +43,16 @@ type ExtraConfig struct {
 	// Stores keep the objects.
 	Stores *Stores
 	// Target configures the resource targets. Its Authorizer is the generic
-	// server's, its Classes those of Stores; they needn't be set.
+	// server's, its Classes and Recorder are those given here; they needn't be
+	// set.
 	Target target.Options
 	// Standalone serves what is otherwise the main API server's and clients rely
 	// on: SelfSubjectAccessReview and Events.
 	Standalone bool
 	// EventTTL is how long an Event is kept after it was last written.
 	EventTTL time.Duration
+	// Recorder writes the server's Events. Whoever runs the server runs it.
+	Recorder *recorder.Recorder
 	// DrainTimeout bounds how long open sessions may take to end at shutdown.
 	DrainTimeout time.Duration
 }
@@ -112,6 +116,7 @@ func (c *Config) Complete() CompletedConfig {
 	completed := completedConfig{c.Generic.Complete(), c.Extra}
 	completed.extra.Target.Authorizer = c.Generic.Authorization.Authorizer
 	completed.extra.Target.Classes = c.Extra.Stores.Classes
+	completed.extra.Target.Recorder = c.Extra.Recorder
 	return CompletedConfig{&completed}
 }
 

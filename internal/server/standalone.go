@@ -193,6 +193,10 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 		return err
 	}
 
+	group.Go(func() error {
+		config.Extra.Recorder.Run(ctx)
+		return nil
+	})
 	served := make(chan struct{})
 	group.Go(func() error {
 		defer close(served)
@@ -359,7 +363,12 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 	if err != nil {
 		return nil, err
 	}
+	events, err := newServerRecorder(config.Generic)
+	if err != nil {
+		return nil, err
+	}
 	generic.AdmissionControl, err = admission.NewChain(generic.Authorization.Authorizer, admission.Options{
+		Recorder: events,
 		Classes:  stores.Classes,
 		Targets:  stores.Targets,
 		Services: noServices,
@@ -375,6 +384,7 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 
 	config.Extra = ExtraConfig{
 		Stores:       stores,
+		Recorder:     events,
 		Standalone:   true,
 		EventTTL:     o.EventTTL,
 		DrainTimeout: o.DrainTimeout,

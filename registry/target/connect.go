@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
@@ -52,9 +53,25 @@ func (c *connector) access(ctx context.Context, name string) (*access, error) {
 	}
 	class, err := policy.Governing(ctx, c.opts.Classes, target.Spec.ClassName)
 	if err != nil {
+		c.tell(target, err)
 		return nil, statusError(err)
 	}
 	return &access{target, class}, nil
+}
+
+// tell leaves an Event on a target about a connection that failed, if a person
+// would look for it there.
+func (c *connector) tell(target *v1.Target, err error) {
+	reason := ""
+	switch _, denied := errors.AsType[*policy.DeniedError](err); {
+	case denied:
+		reason = v1.EventClassDenied
+	case driver.KindOf(err) == driver.Unavailable:
+		reason = v1.EventUnreachable
+	default:
+		return
+	}
+	c.opts.Recorder.Event(target, corev1.EventTypeWarning, reason, err.Error())
 }
 
 // pick returns the instance that a request means: the one that it names, or
@@ -216,7 +233,8 @@ func protocolOf(r *http.Request) string {
 }
 
 // open reaches an instance through its driver.
-func (c *connector) open(ctx context.Context, to *access, instance string) (driver.Conn, error) {
+func (c *connector) open(ctx context.Context, to *access, instance string) (_ driver.Conn, err error) {
+	defer func() { c.tell(to.target, err) }()
 	d, err := c.opts.Drivers(to.target)
 	if err != nil {
 		return nil, err

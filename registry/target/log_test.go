@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/internalversion"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/tools/record"
 	clocktesting "k8s.io/utils/clock/testing"
 	"k8s.io/utils/ptr"
 
@@ -132,7 +133,7 @@ func logsOf(d *fakeDriver, selected driver.LogOptions) *logStream {
 	target.Spec.Process = &v1.ProcessSource{Command: []string{"x"}}
 	target.Spec.RestartPolicy = v1.RestartAlways
 	return &logStream{
-		connector: &connector{opts: Options{Drivers: func(*v1.Target) (driver.Driver, error) { return d, nil }}},
+		connector: &connector{opts: Options{Recorder: record.NewFakeRecorder(100), Drivers: func(*v1.Target) (driver.Driver, error) { return d, nil }}},
 		to:        &access{target: target},
 		selected:  selected,
 	}

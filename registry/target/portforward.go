@@ -56,7 +56,7 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 	var request streaming.PortForwardRequest
 	for _, port := range opts.Ports {
 		// Ports that are named beforehand are refused beforehand.
-		if err := to.allowPort(uint16(port)); err != nil {
+		if err := r.allowPort(to, uint16(port)); err != nil {
 			return nil, err
 		}
 		request.Ports = append(request.Ports, uint16(port))
@@ -74,11 +74,12 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 			return err
 		}
 		return streaming.ServePortForward(w, req, request, r.opts.Streaming, func(ctx context.Context, port uint16) (streaming.PortStream, error) {
-			if err := to.allowPort(port); err != nil {
+			if err := r.allowPort(to, port); err != nil {
 				return nil, err
 			}
 			stream, err := dialer.DialPort(ctx, port)
 			if err != nil {
+				r.tell(to.target, err)
 				return nil, statusError(err)
 			}
 			return s.CountBackend(stream), nil
@@ -88,6 +89,8 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 
 // allowPort says whether a port may be forwarded. It is asked as each stream
 // opens, because over SPDY the ports come after the upgrade.
-func (a *access) allowPort(port uint16) error {
-	return statusError(policy.AllowPort(a.class, a.target, port, v1.ProtocolTCP))
+func (r *PortForwardREST) allowPort(to *access, port uint16) error {
+	err := policy.AllowPort(to.class, to.target, port, v1.ProtocolTCP)
+	r.tell(to.target, err)
+	return statusError(err)
 }

@@ -23,6 +23,7 @@ import (
 	"k8s.io/apiserver/pkg/registry/rest"
 	apistorage "k8s.io/apiserver/pkg/storage"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/record"
 	"sigs.k8s.io/structured-merge-diff/v6/fieldpath"
 
 	api "aaserver.io/aaserver/apis/streaming"
@@ -74,6 +75,8 @@ type Options struct {
 	// ServiceRanges are the cluster's, where targets have no endpoints unless
 	// their class opens them. It fails while they aren't known.
 	ServiceRanges func() ([]netip.Prefix, error)
+	// Recorder takes Events about targets.
+	Recorder record.EventRecorder
 	// Sessions knows who is connected.
 	Sessions *session.Manager
 	// Streaming bounds upgraded connections.

@@ -5,7 +5,6 @@ package targetclass
 import (
 	"context"
 
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metainternalversion "k8s.io/apimachinery/pkg/apis/meta/internalversion"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -21,6 +20,7 @@ import (
 // REST is the resource.
 type REST struct {
 	*genericregistry.Store
+	fresh *freshReads
 }
 
 var (
@@ -45,7 +45,9 @@ func NewStorage(scheme *runtime.Scheme, optsGetter generic.RESTOptionsGetter) (*
 	if err := store.CompleteWithOptions(&generic.StoreOptions{RESTOptions: optsGetter}); err != nil {
 		return nil, err
 	}
-	return &REST{store}, nil
+	r := &REST{Store: store}
+	r.fresh = newFreshReads(r.readClass)
+	return r, nil
 }
 
 // ShortNames implements rest.ShortNamesProvider.
@@ -55,8 +57,13 @@ func (*REST) ShortNames() []string { return []string{"tgtclass"} }
 func (*REST) Categories() []string { return []string{"aaserver"} }
 
 // Class returns the class of a name as it is stored, not as a cache knows it: a
-// class that was edited governs what comes next.
+// class that was edited governs what comes next. It is shared: nobody may change
+// it.
 func (r *REST) Class(ctx context.Context, name string) (*v1.TargetClass, error) {
+	return r.fresh.get(ctx, name)
+}
+
+func (r *REST) readClass(ctx context.Context, name string) (*v1.TargetClass, error) {
 	obj, err := r.Get(ctx, name, &metav1.GetOptions{})
 	if err != nil {
 		return nil, err
@@ -64,43 +71,28 @@ func (r *REST) Class(ctx context.Context, name string) (*v1.TargetClass, error) 
 	return toV1(obj.(*api.TargetClass))
 }
 
-// DefaultClass returns the class of targets that name none, nil if there is
-// none.
-func (r *REST) DefaultClass(ctx context.Context) (*v1.TargetClass, error) {
-	// The cache tells which it is, nearly always: a list that has to be up to
-	// date waits for the cache, with etcd for a tenth of a second.
-	class, err := r.defaultOf(ctx, "0")
-	if err != nil {
-		return nil, err
-	}
-	if class != nil {
-		class, err = r.Class(ctx, class.Name)
-		switch {
-		case apierrors.IsNotFound(err):
-		case err != nil:
-			return nil, err
-		case policy.DefaultClass([]*v1.TargetClass{class}) != nil:
-			return class, nil
-		}
-	}
-	return r.defaultOf(ctx, "")
-}
-
-// defaultOf looks through the classes as they were at a resource version.
-func (r *REST) defaultOf(ctx context.Context, version string) (*v1.TargetClass, error) {
-	list, err := r.List(ctx, &metainternalversion.ListOptions{ResourceVersion: version})
-	if err != nil {
-		return nil, err
-	}
-	var classes []*v1.TargetClass
-	for i := range list.(*api.TargetClassList).Items {
-		class, err := toV1(&list.(*api.TargetClassList).Items[i])
+// DefaultClass returns the name of the class of targets that name none, "" if
+// there is none. A cache tells which it is, a moment late perhaps: a list that has
+// to be up to date waits for the cache, with etcd for a tenth of a second.
+func (r *REST) DefaultClass(ctx context.Context) (string, error) {
+	for _, version := range []string{"0", ""} { // "" is up to date
+		list, err := r.List(ctx, &metainternalversion.ListOptions{ResourceVersion: version})
 		if err != nil {
-			return nil, err
+			return "", err
 		}
-		classes = append(classes, class)
+		var classes []*v1.TargetClass
+		for i := range list.(*api.TargetClassList).Items {
+			class, err := toV1(&list.(*api.TargetClassList).Items[i])
+			if err != nil {
+				return "", err
+			}
+			classes = append(classes, class)
+		}
+		if class := policy.DefaultClass(classes); class != nil {
+			return class.Name, nil
+		}
 	}
-	return policy.DefaultClass(classes), nil
+	return "", nil
 }
 
 // toV1 converts a class to the version that everything beyond the registry

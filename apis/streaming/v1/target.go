@@ -14,6 +14,16 @@ const (
 	SourceTCP       = "tcp"
 )
 
+// Reasons of the Events that a server reports on a target. Those of its agent are
+// the agent's.
+const (
+	// EventClassDenied: a connection was refused because of the target's class.
+	EventClassDenied = "ClassDenied"
+	// EventUnreachable: a connection failed because an instance, or the agent
+	// that hosts it, could not be reached.
+	EventUnreachable = "Unreachable"
+)
+
 // Source returns the name of the source that is set, "" if none is.
 func (s *TargetSpec) Source() string {
 	switch {

@@ -9,10 +9,12 @@ import (
 	"io"
 	"net/netip"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apiserver/pkg/admission"
 	"k8s.io/apiserver/pkg/admission/initializer"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
+	"k8s.io/client-go/tools/record"
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
@@ -36,6 +38,7 @@ type classPolicy struct {
 	targets    plugin.Targets
 	services   func() ([]netip.Prefix, error)
 	authorizer authorizer.UnconditionalAuthorizer
+	recorder   record.EventRecorder
 }
 
 var (
@@ -43,6 +46,7 @@ var (
 	_ plugin.WantsClasses                      = (*classPolicy)(nil)
 	_ plugin.WantsTargets                      = (*classPolicy)(nil)
 	_ plugin.WantsServices                     = (*classPolicy)(nil)
+	_ plugin.WantsRecorder                     = (*classPolicy)(nil)
 	_ initializer.WantsUnconditionalAuthorizer = (*classPolicy)(nil)
 )
 
@@ -54,6 +58,9 @@ func (p *classPolicy) SetTargets(targets plugin.Targets) { p.targets = targets }
 
 // SetServices implements plugin.WantsServices.
 func (p *classPolicy) SetServices(services func() ([]netip.Prefix, error)) { p.services = services }
+
+// SetRecorder implements plugin.WantsRecorder.
+func (p *classPolicy) SetRecorder(recorder record.EventRecorder) { p.recorder = recorder }
 
 // SetUnconditionalAuthorizer implements
 // initializer.WantsUnconditionalAuthorizer.
@@ -72,6 +79,8 @@ func (p *classPolicy) ValidateInitialization() error {
 		return errors.New("it has nowhere to learn the cluster's service ranges")
 	case p.authorizer == nil:
 		return errors.New("it has no authorizer to ask")
+	case p.recorder == nil:
+		return errors.New("it has nowhere to tell of what it refuses")
 	}
 	return nil
 }
@@ -132,6 +141,14 @@ func (p *classPolicy) connect(ctx context.Context, a admission.Attributes) error
 	case err != nil:
 		return plugin.Unreadable(fmt.Errorf("reading the target: %w", err))
 	}
+	err = p.judge(ctx, a, found)
+	if apierrors.IsForbidden(err) {
+		p.recorder.Eventf(found, corev1.EventTypeWarning, v1.EventClassDenied, "Refused %s: %s", a.GetSubresource(), err)
+	}
+	return err
+}
+
+func (p *classPolicy) judge(ctx context.Context, a admission.Attributes, found *v1.Target) error {
 	class, err := p.classOf(ctx, a, found)
 	if err != nil {
 		return err

@@ -55,12 +55,10 @@ func (d *defaultClass) Admit(ctx context.Context, a admission.Attributes, _ admi
 	if err != nil || target.Spec.ClassName != "" {
 		return err
 	}
-	class, err := d.classes.DefaultClass(ctx)
+	name, err := d.classes.DefaultClass(ctx)
 	if err != nil {
 		return plugin.Unreadable(fmt.Errorf("finding the default class: %w", err))
 	}
-	if class != nil {
-		target.Spec.ClassName = class.Name
-	}
+	target.Spec.ClassName = name
 	return nil
 }

@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apiserver/pkg/admission"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
+	"k8s.io/client-go/tools/record"
 
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
@@ -46,6 +47,13 @@ type WantsTargets interface {
 // aren't known.
 type WantsServices interface {
 	SetServices(func() ([]netip.Prefix, error))
+	admission.InitializationValidator
+}
+
+// WantsRecorder is a plugin that tells of what it refused by Events on the
+// target.
+type WantsRecorder interface {
+	SetRecorder(record.EventRecorder)
 	admission.InitializationValidator
 }
 
