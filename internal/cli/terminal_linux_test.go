@@ -29,7 +29,7 @@ func openTerminal(t *testing.T) *terminalPair {
 	t.Helper()
 	user, tty, err := pty.Open()
 	if err != nil {
-		t.Skipf("no pseudo-terminals here: %v", err)
+		t.Fatalf("opening a pseudo-terminal: %v", err)
 	}
 	t.Cleanup(func() { user.Close(); tty.Close() })
 	if err := pty.Setsize(tty, &pty.Winsize{Cols: 81, Rows: 25}); err != nil {

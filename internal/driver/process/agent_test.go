@@ -109,7 +109,7 @@ func needPgrep(t *testing.T) {
 	t.Helper()
 	for _, tool := range []string{"pgrep", "setsid"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip(err)
+			skip(t, err)
 		}
 	}
 }
@@ -292,13 +292,13 @@ int main(int argc, char **argv) {
 func TestWhatForksOnIsEnded(t *testing.T) {
 	cc, err := exec.LookPath("cc")
 	if err != nil {
-		t.Skip("a shell forks too slowly: ", err)
+		skip(t, "a shell forks too slowly: ", err)
 	}
 	program := filepath.Join(t.TempDir(), "hops")
 	compile := exec.Command(cc, "-O2", "-w", "-x", "c", "-o", program, "-")
 	compile.Stdin = strings.NewReader(hops)
 	if out, err := compile.CombinedOutput(); err != nil {
-		t.Skipf("%v: %s", err, out)
+		skip(t, err, ": ", string(out))
 	}
 	const chains = 100
 	for name, killShim := range map[string]bool{"by its shim": false, "by the agent": true} {
@@ -406,7 +406,7 @@ func TestCommandsCannotTakeTheirShimsFiles(t *testing.T) {
 	}
 	lines := strings.Split(string(out), "\n")
 	if lines[0] != "<nil>" {
-		t.Skipf("taking files is impossible here: %q", out)
+		skip(t, "taking files is impossible here: ", string(out))
 	}
 	if want := []string{"<nil>", "operation not permitted", "<nil>", ""}; !slices.Equal(lines, want) {
 		t.Errorf("taking its own, its shim's, and the end: %q, want %q", lines, want)

@@ -95,7 +95,7 @@ func TestEnvironmentIsMinimal(t *testing.T) {
 	t.Setenv("SECRET_OF_THE_SERVER", "x")
 	me, err := user.LookupId(fmt.Sprint(os.Getuid()))
 	if err != nil {
-		t.Skip(err)
+		skip(t, err)
 	}
 	home := me.HomeDir
 	wantDir := home
@@ -293,11 +293,11 @@ func TestUsers(t *testing.T) {
 		if driver.KindOf(err) != driver.Invalid || !strings.Contains(err.Error(), "start aaserver as root") {
 			t.Errorf("error %v", err)
 		}
-		t.Skip("only root can switch to other users")
+		skip(t, "only root can switch to other users")
 	}
 	nobody, err := user.Lookup("nobody")
 	if err != nil {
-		t.Skip(err)
+		skip(t, err)
 	}
 	groups, err := nobody.GroupIds()
 	if err != nil {

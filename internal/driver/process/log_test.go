@@ -601,7 +601,7 @@ func TestFullDiskDoesNotKeepAnInstanceFromEnding(t *testing.T) {
 func TestFullFileSystem(t *testing.T) {
 	dir := t.TempDir()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
-		t.Skipf("mounting a small file system: %v", err)
+		skip(t, "mounting a small file system: ", err)
 	}
 	defer syscall.Unmount(dir, 0)
 	d, err := New(Options{Dir: dir, LogFileSize: 16 << 10, LogFiles: 100})
