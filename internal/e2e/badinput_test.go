@@ -512,8 +512,8 @@ func TestBadInput(t *testing.T) {
 			t.Errorf("status %+v", target.Status)
 		}
 		for _, fields := range target.ManagedFields {
-			if fields.Manager == "smuggler" && strings.Contains(string(fields.FieldsV1.Raw), "f:status") {
-				t.Errorf("who applied the main resource owns its status: %s", fields.FieldsV1.Raw)
+			if fields.Manager == "smuggler" && strings.Contains(fields.FieldsV1.GetRawString(), "f:status") {
+				t.Errorf("who applied the main resource owns its status: %s", fields.FieldsV1.GetRawString())
 			}
 		}
 	})
