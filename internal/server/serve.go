@@ -310,6 +310,7 @@ func (o *ServeOptions) config() (*Config, error) {
 		Target: target.Options{
 			Drivers:       noDrivers,
 			Limits:        o.Limits,
+			Secrets:       mainSecrets(main),
 			Dial:          (&net.Dialer{}).DialContext,
 			ServiceRanges: services,
 			Sessions:      o.sessions(),

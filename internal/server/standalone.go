@@ -179,7 +179,7 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 		return err
 	}
 
-	config, err := o.config(&etcd, listener, certificates)
+	config, err := o.config(dir, &etcd, listener, certificates)
 	if err != nil {
 		return err
 	}
@@ -301,8 +301,8 @@ func (o *StandaloneOptions) ensureCertificates(dir string, address *net.TCPAddr)
 	return files, info, nil
 }
 
-// config assembles the API server's configuration.
-func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener net.Listener, certificates *pki.Files) (*Config, error) {
+// config assembles the API server's configuration. dir is the data directory.
+func (o *StandaloneOptions) config(dir string, etcd *genericoptions.EtcdOptions, listener net.Listener, certificates *pki.Files) (*Config, error) {
 	config := NewConfig()
 	generic := &config.Generic.Config
 
@@ -390,6 +390,7 @@ func (o *StandaloneOptions) config(etcd *genericoptions.EtcdOptions, listener ne
 		DrainTimeout: o.DrainTimeout,
 		Target: target.Options{
 			Limits:        o.Limits,
+			Secrets:       secretFiles(filepath.Join(dir, "secrets")).get,
 			Dial:          (&net.Dialer{}).DialContext,
 			ServiceRanges: noServices,
 			Sessions:      o.sessions(),

@@ -239,16 +239,22 @@ func (c *connector) open(ctx context.Context, to *access, instance string) (_ dr
 	if err != nil {
 		return nil, err
 	}
-	dial := c.opts.Dial
+	request := driver.Request{Target: to.target, Instance: instance, Dial: c.opts.Dial}
 	if !to.target.Spec.Hosted() {
 		// Who wrote the target chose its endpoints.
 		services, err := c.opts.ServiceRanges()
 		if err != nil {
 			return nil, driver.Errorf(driver.Unavailable, "which addresses are the cluster's services isn't known yet: %w", err)
 		}
-		dial = policy.NewDialer(policy.NewAddresses(to.class, services), policy.DialerOptions{}).DialContext
+		request.Dial = policy.NewDialer(policy.NewAddresses(to.class, services), policy.DialerOptions{}).DialContext
 	}
-	return d.Open(ctx, driver.Request{Target: to.target, Instance: instance, Dial: dial})
+	if ssh := to.target.Spec.SSH; ssh != nil {
+		// Read for each connection, and kept no longer.
+		if request.Secret, err = c.opts.Secrets(ctx, to.target.Namespace, ssh.CredentialsSecretRef.Name); err != nil {
+			return nil, driver.Errorf(driver.Unavailable, "the server can't read the Secret %q that the target refers to: %w", ssh.CredentialsSecretRef.Name, err)
+		}
+	}
+	return d.Open(ctx, request)
 }
 
 // ability finds what a connection can do beyond being closed. It is the one

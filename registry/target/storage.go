@@ -11,6 +11,7 @@ import (
 	"context"
 	"net/netip"
 
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
@@ -75,6 +76,8 @@ type Options struct {
 	// ServiceRanges are the cluster's, where targets have no endpoints unless
 	// their class opens them. It fails while they aren't known.
 	ServiceRanges func() ([]netip.Prefix, error)
+	// Secrets reads a Secret as it is now, for a connection that needs it.
+	Secrets func(ctx context.Context, namespace, name string) (*corev1.Secret, error)
 	// Recorder takes Events about targets.
 	Recorder record.EventRecorder
 	// Sessions knows who is connected.
