@@ -396,6 +396,13 @@ func TestPorts(t *testing.T) {
 	if _, err := c.DialPort(t.Context(), 53); driver.KindOf(err) != driver.Unsupported {
 		t.Errorf("UDP: %v", err)
 	}
+	// Listed since the instance was started: it is no port of the instance.
+	later := target.DeepCopy()
+	later.Spec.Ports = append(later.Spec.Ports, v1.TargetPort{Name: "ssh", Port: 22, Protocol: "TCP"})
+	c.req.Target, dialled = later, ""
+	if _, err := c.DialPort(t.Context(), 22); driver.KindOf(err) != driver.Unavailable || dialled != "" {
+		t.Errorf("a port that the instance was started without: %v, dialled %q", err, dialled)
+	}
 	c.req.Dial = func(context.Context, string, string) (net.Conn, error) {
 		return nil, driver.Errorf(driver.Invalid, "not allowed")
 	}
