@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -39,10 +41,19 @@ import (
 
 // dialing reaches targets by the dial function that it is given, and by nothing
 // else, as every driver does.
-type dialing struct{}
+type dialing struct {
+	handed *atomic.Pointer[corev1.Secret]
+}
 
-func (dialing) Open(_ context.Context, req driver.Request) (driver.Conn, error) {
-	for _, e := range req.Target.Spec.TCP.Endpoints {
+func (d dialing) Open(_ context.Context, req driver.Request) (driver.Conn, error) {
+	d.handed.Store(req.Secret)
+	endpoints := []v1.Endpoint{}
+	if ssh := req.Target.Spec.SSH; ssh != nil {
+		endpoints = ssh.Endpoints
+	} else if tcp := req.Target.Spec.TCP; tcp != nil {
+		endpoints = tcp.Endpoints
+	}
+	for _, e := range endpoints {
 		if req.Target.Name+"-"+e.Name == req.Instance {
 			return dialed{e.Host, req.Dial}, nil
 		}
@@ -71,6 +82,10 @@ type policyServer struct {
 	config *rest.Config
 	// services are the cluster's service ranges; nil while they aren't known.
 	services atomic.Pointer[[]netip.Prefix]
+	// secrets is the directory of Secrets, handed the last of them that a driver
+	// was given, nil if it was given none.
+	secrets string
+	handed  atomic.Pointer[corev1.Secret]
 }
 
 // startPolicyServer starts a server until the test ends. may says what users
@@ -119,7 +134,7 @@ func startPolicyServer(t *testing.T, may func(authorizer.Attributes) bool) *poli
 		return authorizer.DecisionNoOpinion, "the test says so", nil
 	})
 
-	s := &policyServer{}
+	s := &policyServer{secrets: filepath.Join(dir, "secrets")}
 	s.services.Store(&[]netip.Prefix{netip.MustParsePrefix("10.96.0.0/12"), netip.MustParsePrefix("127.96.0.0/12")})
 	services := func() ([]netip.Prefix, error) {
 		if known := s.services.Load(); known != nil {
@@ -143,7 +158,8 @@ func startPolicyServer(t *testing.T, may func(authorizer.Attributes) bool) *poli
 		Recorder:     events,
 		DrainTimeout: options.DrainTimeout,
 		Target: target.Options{
-			Drivers: func(*v1.Target) (driver.Driver, error) { return dialing{}, nil },
+			Drivers: func(*v1.Target) (driver.Driver, error) { return dialing{&s.handed}, nil },
+			Secrets: secretFiles(s.secrets).get,
 			Dial: func(context.Context, string, string) (net.Conn, error) {
 				return nil, errors.New("the dial of hosted sources was used for a reached one")
 			},
@@ -468,6 +484,29 @@ func testSecrets(t *testing.T, s *policyServer) {
 	got, err := s.client(t, "admin").StreamingV1().Targets("shop").Get(t.Context(), "shell", metav1.GetOptions{})
 	if err != nil || got.Spec.SSH.Endpoints[0].Host != "two.example.com" {
 		t.Errorf("after a change by status it leads to %+v, %v", got.Spec.SSH, err)
+	}
+
+	// A connection is given the Secret as it is at the time.
+	connect := func() error {
+		return s.client(t, "admin").StreamingV1().RESTClient().Get().Namespace("shop").Resource("targets").Name("shell").SubResource("log").Do(t.Context()).Error()
+	}
+	if err := connect(); !apierrors.IsServiceUnavailable(err) || !strings.Contains(err.Error(), `the server can't read the Secret "hers"`) || !strings.Contains(err.Error(), "make the directory") {
+		t.Errorf("a connection without the Secret: %v", err)
+	}
+	place := filepath.Join(s.secrets, "shop", "hers")
+	if err := os.MkdirAll(place, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"first", "second"} {
+		if err := os.WriteFile(filepath.Join(place, corev1.SSHAuthPrivateKey), []byte(key), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := connect(); !apierrors.IsBadRequest(err) { // the driver has no logs
+			t.Errorf("a connection with the Secret: %v", err)
+		}
+		if got := s.handed.Load(); got == nil || string(got.Data[corev1.SSHAuthPrivateKey]) != key || got.Type != corev1.SecretTypeSSHAuth {
+			t.Errorf("the driver was given %v, want the key %q", got, key)
+		}
 	}
 	if err := s.client(t, "bob").StreamingV1().Targets("shop").Delete(t.Context(), "shell", metav1.DeleteOptions{}); err != nil {
 		t.Errorf("deleting: %v", err)
