@@ -373,15 +373,17 @@ func TestUsers(t *testing.T) {
 func TestPorts(t *testing.T) {
 	d := newDriver(t, Options{})
 	target := newTarget(script("exec sleep 1000"))
-	target.Spec.Ports = []v1.TargetPort{{Name: "http", Port: 8080, Protocol: "TCP"}, {Name: "dns", Port: 53, Protocol: "UDP"}}
-	start(t, d, target, v1.InstancePort{Name: "http", Port: 8080, HostPort: 31021}, v1.InstancePort{Name: "dns", Port: 53, HostPort: 31022})
+	target.Spec.Ports = []v1.TargetPort{{Name: "http", Port: 8080, Protocol: "TCP"}, {Name: "dns", Port: 53, Protocol: "UDP"},
+		{Name: "sip", Port: 5060, Protocol: "UDP"}, {Name: "sip-tcp", Port: 5060, Protocol: "TCP"}}
+	start(t, d, target, v1.InstancePort{Name: "http", Port: 8080, HostPort: 31021}, v1.InstancePort{Name: "dns", Port: 53, HostPort: 31022},
+		v1.InstancePort{Name: "sip", Port: 5060, HostPort: 31023}, v1.InstancePort{Name: "sip-tcp", Port: 5060, HostPort: 31024})
 	c := open(t, d, target)
 	var dialled string
 	c.req.Dial = func(_ context.Context, network, address string) (net.Conn, error) {
 		dialled = network + " " + address
 		return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 	}
-	for port, want := range map[uint16]string{8080: "tcp 127.0.0.1:31021", 9090: "tcp 127.0.0.1:9090"} {
+	for port, want := range map[uint16]string{8080: "tcp 127.0.0.1:31021", 5060: "tcp 127.0.0.1:31024", 9090: "tcp 127.0.0.1:9090"} {
 		if _, err := c.DialPort(t.Context(), port); driver.KindOf(err) != driver.Unavailable {
 			t.Errorf("port %d: %v", port, err)
 		}

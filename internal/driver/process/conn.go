@@ -329,23 +329,30 @@ func (c *conn) DialPort(ctx context.Context, port uint16) (driver.Stream, error)
 	if err != nil {
 		return nil, err
 	}
-	listed := false
+	// TCP and UDP may have the same number.
+	name, udp := "", false
 	for _, p := range c.req.Target.Spec.Ports {
-		if p.Port == int32(port) && p.Protocol == "UDP" {
-			return nil, driver.Errorf(driver.Unsupported, "port %d of instance %s is UDP, which can't be forwarded", port, c.id.Name)
-		}
-		listed = listed || p.Port == int32(port)
-	}
-	hostPort, own := int32(port), false
-	for _, p := range r.ports {
-		if p.Port == int32(port) && p.HostPort != 0 {
-			hostPort, own = p.HostPort, true
-			break
+		switch {
+		case p.Port != int32(port):
+		case p.Protocol == v1.ProtocolUDP:
+			udp = true
+		default:
+			name = p.Name
 		}
 	}
-	// A port that is listed stands for one of the instance's own. Without that,
-	// whoever may list a port would get the host's.
-	if listed && !own {
+	if name == "" && udp {
+		return nil, driver.Errorf(driver.Unsupported, "port %d of instance %s is UDP, which can't be forwarded", port, c.id.Name)
+	}
+	own := slices.IndexFunc(r.ports, func(p v1.InstancePort) bool {
+		return p.Port == int32(port) && p.HostPort != 0 && (p.Name == name || !udp)
+	})
+	hostPort := int32(port)
+	switch {
+	case own >= 0:
+		hostPort = r.ports[own].HostPort
+	case name != "":
+		// A port that is listed stands for one of the instance's own. Without
+		// that, whoever may list a port would get the host's.
 		return nil, driver.Errorf(driver.Unavailable, "instance %s was started before port %d was listed: it has the port once it is replaced", c.id.Name, port)
 	}
 	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(hostPort)))
