@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"time"
 
@@ -74,6 +75,10 @@ func startStorage(ctx context.Context, group *errgroup.Group, opts storage.Optio
 		}
 	})
 	return backend, nil
+}
+
+func portInUse(port int, address net.IP) error {
+	return fmt.Errorf("port %d of %s is in use: stop what uses it, or choose another with --secure-port", port, address)
 }
 
 // failed names the part of the server that has failed.

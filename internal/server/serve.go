@@ -365,7 +365,7 @@ func (o *ServeOptions) explain(err error, port int) error {
 	case errors.As(err, &path) && (path.Path == pair.CertFile || path.Path == pair.KeyFile):
 		return fmt.Errorf("--tls-cert-file and --tls-private-key-file: %w", err)
 	case strings.Contains(err.Error(), syscall.EADDRINUSE.Error()):
-		return fmt.Errorf("port %d of %s is in use: stop what uses it, or choose another with --secure-port", port, o.Recommended.SecureServing.BindAddress)
+		return portInUse(port, o.Recommended.SecureServing.BindAddress)
 	}
 	return err
 }

@@ -268,7 +268,7 @@ func (o *StandaloneOptions) listen() (net.Listener, error) {
 	listener, err := net.Listen("tcp", address)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("port %d of %s is in use: stop what uses it, or choose another with --secure-port", o.SecureServing.BindPort, o.SecureServing.BindAddress)
+		return nil, portInUse(o.SecureServing.BindPort, o.SecureServing.BindAddress)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		return nil, fmt.Errorf("%s is no address of this machine: choose another with --bind-address", o.SecureServing.BindAddress)
 	case err != nil:
