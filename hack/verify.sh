@@ -16,7 +16,7 @@ unformatted=$(git ls-files --cached --others --exclude-standard '*.go' | xargs g
 
 echo "go mod tidy"
 for module in . hack/bench/peer hack/controlplane hack/tools; do
-  GOWORK=off go -C "$module" mod tidy -diff >/dev/null || fail "go.mod or go.sum of $module isn't tidy: run go mod tidy"
+  GOWORK=off go -C "$module" mod tidy -diff >&2 || fail "go.mod or go.sum of $module isn't tidy: run go mod tidy"
 done
 
 echo "go vet"

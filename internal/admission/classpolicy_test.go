@@ -87,10 +87,17 @@ func TestTargetClassPolicyOnWrites(t *testing.T) {
 			wantErr:   []string{"spec.process"},
 		},
 		"a class that doesn't exist fails closed": {
-			classes:  []any{standard(defaultOne)},
-			request:  request{operation: admission.Create, object: process(func(target *api.Target) { target.Spec.ClassName = "gone" })},
-			wantRead: []string{"class gone"},
-			wantErr:  []string{`targets.streaming.aaserver.io "web" is forbidden`, `"gone"`, "create the class", "spec.className"},
+			classes:   []any{standard(defaultOne)},
+			request:   request{operation: admission.Create, object: process(func(target *api.Target) { target.Spec.ClassName = "gone" })},
+			wantAsked: use("gone"),
+			wantRead:  []string{"class gone"},
+			wantErr:   []string{`targets.streaming.aaserver.io "web" is forbidden`, `"gone"`, "create the class", "spec.className"},
+		},
+		"who may not use a class isn't told whether there is one": {
+			authz:     &answers{decision: authorizer.DecisionNoOpinion},
+			request:   request{operation: admission.Create, object: process(func(target *api.Target) { target.Spec.ClassName = "gone" })},
+			wantAsked: use("gone"),
+			wantErr:   []string{`may not use targetclasses.streaming.aaserver.io "gone"`, "!exist"},
 		},
 		"a target without a class is judged by the default one": {
 			classes:   []any{standard(defaultOne)},
@@ -103,13 +110,13 @@ func TestTargetClassPolicyOnWrites(t *testing.T) {
 			authz:     &answers{decision: authorizer.DecisionNoOpinion},
 			request:   request{operation: admission.Create, object: process(unnamed)},
 			wantAsked: use("standard"),
-			wantRead:  []string{"default class", "class standard"},
+			wantRead:  []string{"default class"},
 			wantErr:   []string{`may not use targetclasses.streaming.aaserver.io "standard"`},
 		},
 		"without any class nothing is created": {
 			classes:  []any{standard(nil)},
 			request:  request{operation: admission.Create, object: process(unnamed)},
-			wantRead: []string{"default class"},
+			wantRead: []string{"default class", "default class"},
 			wantErr:  []string{"is forbidden", "spec.className", v1.AnnotationDefaultClass},
 		},
 		"who may not use the class is told what to do": {
@@ -117,7 +124,6 @@ func TestTargetClassPolicyOnWrites(t *testing.T) {
 			authz:     &answers{decision: authorizer.DecisionDeny, reason: "RBAC: no rule"},
 			request:   request{operation: admission.Create, object: process(nil)},
 			wantAsked: use("standard"),
-			wantRead:  []string{"class standard"},
 			wantErr:   []string{"is forbidden", `user "jane" may not use`, `"standard"`, "RBAC: no rule", "spec.className", "verb use"},
 		},
 		"every violation is listed": {
@@ -152,13 +158,13 @@ func TestTargetClassPolicyOnWrites(t *testing.T) {
 			authz:     &answers{decision: authorizer.DecisionNoOpinion},
 			request:   update(command),
 			wantAsked: use("standard"),
-			wantRead:  []string{"class standard"},
 			wantErr:   []string{"may not use"},
 		},
 		"a change of what runs is refused when the class is gone": {
-			request:  update(command),
-			wantRead: []string{"class standard"},
-			wantErr:  []string{`"standard"`, "create the class"},
+			request:   update(command),
+			wantAsked: use("standard"),
+			wantRead:  []string{"class standard"},
+			wantErr:   []string{`"standard"`, "create the class"},
 		},
 		"a change of what runs is refused when the class allows none of it any more": {
 			classes:   []any{closed},
@@ -309,7 +315,7 @@ func TestEveryFieldOfTheSpecMatters(t *testing.T) {
 				t.Fatalf("a field of kind %s: set it here", field.Kind())
 			}
 			objs := newObjects()
-			judge(t, &answers{}, objs, request{operation: admission.Update, object: target, old: &api.Target{}})
+			judge(t, &answers{decision: authorizer.DecisionAllow}, objs, request{operation: admission.Update, object: target, old: &api.Target{}})
 			if judged := len(objs.read) > 0; judged == free.Has(name) {
 				t.Errorf("a change of it is judged: %t", judged)
 			}
@@ -459,11 +465,11 @@ func TestTargetClassPolicyWhenItCannotJudge(t *testing.T) {
 		want    string
 	}{
 		"classes that can't be read fail a write": {
-			request: create, err: errors.New("the storage is down"),
+			request: create, err: errors.New("the storage is down"), authz: answers{decision: authorizer.DecisionAllow},
 			wantErr: apierrors.IsInternalError, want: "the storage is down",
 		},
 		"a status of the storage is passed on to who writes": {
-			request: create, err: apierrors.NewTooManyRequests("busy", 1),
+			request: create, err: apierrors.NewTooManyRequests("busy", 1), authz: answers{decision: authorizer.DecisionAllow},
 			wantErr: apierrors.IsTooManyRequests, want: "busy",
 		},
 		"a target that can't be read fails a connection": {

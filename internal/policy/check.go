@@ -140,23 +140,23 @@ func (c *check) source(spec *v1.TargetSpec, p *field.Path) {
 		c.forbid(p.Child("agentName"), "allows the agents: %s", list(allowed.Agents))
 	}
 	if spec.Process != nil {
-		c.user(spec.Process.User, allowed.AgentUser, p.Child("process", "user"))
+		p := p.Child("process", "user")
+		switch {
+		case spec.Process.User != "":
+			c.user(spec.Process.User, p)
+		case !allowed.AgentUser:
+			c.forbid(p, "doesn't allow that it is left out, as agentUser would: it allows the users: %s", list(allowed.Users))
+		}
 	}
 	if spec.SSH != nil {
-		c.user(spec.SSH.User, false, p.Child("ssh", "user"))
+		c.user(spec.SSH.User, p.Child("ssh", "user"))
 	}
 }
 
 // user judges whom a process runs as, or a login is for.
-func (c *check) user(user string, mayLeaveOut bool, p *field.Path) {
+func (c *check) user(user string, p *field.Path) {
 	users := c.class.Spec.Users
-	if user == "" {
-		if !mayLeaveOut {
-			c.forbid(p, "doesn't allow that it is left out: it allows the users: %s", list(users))
-		}
-		return
-	}
-	if slices.Contains(users, user) {
+	if user != "" && slices.Contains(users, user) {
 		return
 	}
 	if user == "root" || user == "0" {

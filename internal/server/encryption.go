@@ -65,6 +65,15 @@ func validateEncryption(path string) error {
 	return nil
 }
 
+// explainEncrypted says what to do about objects that can't be decrypted.
+func explainEncrypted(err error) error {
+	// That is all that there is of what the storage says.
+	if !strings.Contains(err.Error(), "not transformable") {
+		return err
+	}
+	return fmt.Errorf("objects can't be decrypted: give the --encryption-provider-config that they were written with: %w", err)
+}
+
 // explainEncryption adds to an error of the storage's options which file it is
 // about.
 func explainEncryption(o *genericoptions.EtcdOptions, err error) error {

@@ -39,7 +39,7 @@ var longRunning = filters.BasicLongRunningRequestCheck(
 // buildHandlerChain puts the rewriting of second names before all else, so that
 // authorization, admission and audit see one name for one thing.
 func buildHandlerChain(api http.Handler, config *genericapiserver.Config) http.Handler {
-	return withCanonicalNames(withShortStatuses(genericapiserver.DefaultBuildHandlerChain(withDeprecation(api), config)))
+	return withCanonicalNames(withShortStatuses(genericapiserver.DefaultBuildHandlerChain(withDeprecation(withCreate(api, config.Authorization.Authorizer)), config)))
 }
 
 // withDeprecation warns whoever uses v1alpha1, and marks the request in the audit

@@ -230,7 +230,7 @@ func (o *ServeOptions) Run(ctx context.Context) (err error) {
 	server, err := config.Complete().New()
 	switch {
 	case o.StorageEndpoint == "" && errors.Is(err, context.DeadlineExceeded):
-		return o.explainEtcd(err)
+		return explainEtcd(o.Recommended.Etcd, err)
 	case err != nil:
 		return err
 	}
@@ -422,7 +422,7 @@ func (o *ServeOptions) checkEtcd(ctx context.Context) error {
 		}
 		errs = append(errs, err)
 	}
-	return o.explainEtcd(utilerrors.NewAggregate(errs))
+	return explainEtcd(o.Recommended.Etcd, utilerrors.NewAggregate(errs))
 }
 
 // probeEtcd fails if no connection can be made. What comes by it is left to the
@@ -450,8 +450,8 @@ func probeEtcd(ctx context.Context, client *http.Client, server string) error {
 	return nil
 }
 
-func (o *ServeOptions) explainEtcd(err error) error {
-	return fmt.Errorf("etcd at %s can't be used, check --etcd-servers, --etcd-cafile, --etcd-certfile and --etcd-keyfile: %w", strings.Join(o.Recommended.Etcd.StorageConfig.Transport.ServerList, ","), err)
+func explainEtcd(etcd *genericoptions.EtcdOptions, err error) error {
+	return fmt.Errorf("etcd at %s can't be used, check --etcd-servers, --etcd-cafile, --etcd-certfile and --etcd-keyfile: %w", strings.Join(etcd.StorageConfig.Transport.ServerList, ","), err)
 }
 
 func mainAPIConfig(kubeconfig string) (*rest.Config, error) {

@@ -42,9 +42,8 @@ type Config struct {
 type ExtraConfig struct {
 	// Stores keep the objects.
 	Stores *Stores
-	// Target configures the resource targets. Its Authorizer is the generic
-	// server's, its Classes and Recorder are those given here; they needn't be
-	// set.
+	// Target configures the resource targets. Its Classes and Recorder are
+	// those given here; they needn't be set.
 	Target target.Options
 	// Standalone serves what is otherwise the main API server's and clients rely
 	// on: SelfSubjectAccessReview and Events.
@@ -114,7 +113,6 @@ type CompletedConfig struct {
 // Complete fills in what follows from the rest.
 func (c *Config) Complete() CompletedConfig {
 	completed := completedConfig{c.Generic.Complete(), c.Extra}
-	completed.extra.Target.Authorizer = c.Generic.Authorization.Authorizer
 	completed.extra.Target.Classes = c.Extra.Stores.Classes
 	completed.extra.Target.Recorder = c.Extra.Recorder
 	return CompletedConfig{&completed}

@@ -26,7 +26,6 @@ import (
 	"k8s.io/apiserver/pkg/authorization/authorizerfactory"
 	"k8s.io/apiserver/pkg/authorization/path"
 	authorizationunion "k8s.io/apiserver/pkg/authorization/union"
-	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/apiserver/pkg/server/dynamiccertificates"
 	genericoptions "k8s.io/apiserver/pkg/server/options"
 	"k8s.io/client-go/rest"
@@ -110,6 +109,8 @@ func (o *StandaloneOptions) AddFlags(flags *pflag.FlagSet) {
 	o.StreamOptions.addFlags(flags)
 	flags.BoolVar(&o.Demo, "demo", o.Demo, "Create the targets web, ticker and shell in the namespace default, to try things on.")
 	o.Etcd.AddFlags(flags)
+	// There is no garbage collector without a cluster.
+	flags.MarkHidden("enable-garbage-collector")
 	o.Audit.AddFlags(flags)
 }
 
@@ -161,6 +162,9 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 
 	group, ctx := errgroup.WithContext(ctx)
 	etcd := *o.Etcd
+	// What is deleted with its dependents, or without them, would wait for a
+	// garbage collector for ever.
+	etcd.EnableGarbageCollection = false
 	if !o.etcd() {
 		backend, err := o.startStorage(ctx, group, dir)
 		if err != nil {
@@ -189,7 +193,10 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 	}
 	config.Extra.Target.Drivers = local.driver
 	server, err := config.Complete().New()
-	if err != nil {
+	switch {
+	case o.etcd() && errors.Is(err, context.DeadlineExceeded):
+		return explainEtcd(o.Etcd, err)
+	case err != nil:
 		return err
 	}
 
@@ -208,6 +215,12 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 		return nil
 	})
 	group.Go(func() error {
+		if err := createDefaultClass(ctx, config.Generic.LoopbackClientConfig); err != nil {
+			if ctx.Err() != nil {
+				return nil // it is being shut down
+			}
+			return failed("the API server", explainEncrypted(err))
+		}
 		if waitReady(ctx, config.Generic.LoopbackClientConfig) != nil {
 			return nil // it is being shut down
 		}
@@ -374,11 +387,6 @@ func (o *StandaloneOptions) config(dir string, etcd *genericoptions.EtcdOptions,
 		Services: noServices,
 	})
 	if err != nil {
-		return nil, err
-	}
-	if err := generic.AddPostStartHook("default-class", func(ctx genericapiserver.PostStartHookContext) error {
-		return createDefaultClass(ctx, generic.LoopbackClientConfig)
-	}); err != nil {
 		return nil, err
 	}
 

@@ -101,12 +101,9 @@ func (r *AttachREST) Connect(ctx context.Context, name string, options runtime.O
 // prepareFunc asks an open instance for a command.
 type prepareFunc func(ctx context.Context, conn driver.Conn, target *v1.Target) (driver.Run, error)
 
-// command is exec and attach: authorized, prepared while a failure is still an
+// command is exec and attach: prepared while a failure is still an
 // HTTP status, and only then upgraded.
 func (c *connector) command(ctx context.Context, name, instance, subresource string, streams streaming.CommandRequest, responder rest.Responder, prepare prepareFunc) (http.Handler, error) {
-	if err := authorizeCreate(ctx, c.opts.Authorizer); err != nil {
-		return nil, err
-	}
 	to, err := c.access(ctx, name)
 	if err != nil {
 		return nil, err

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"slices"
 	"strconv"
@@ -33,8 +34,8 @@ type connector struct {
 	opts    Options
 }
 
-// access is a target, and the class that governs what a connection may do with
-// it, both as they were when the connection was asked for.
+// access is a target, and the class that governs it, both as they were when the
+// session was asked for: its limits are those of that class.
 type access struct {
 	target *v1.Target
 	class  *v1.TargetClass
@@ -51,12 +52,18 @@ func (c *connector) access(ctx context.Context, name string) (*access, error) {
 	if err != nil {
 		return nil, err
 	}
-	class, err := policy.Governing(ctx, c.opts.Classes, target.Spec.ClassName)
+	class, err := c.class(ctx, target)
 	if err != nil {
-		c.tell(target, err)
-		return nil, statusError(err)
+		return nil, err
 	}
 	return &access{target, class}, nil
+}
+
+// class finds the class that governs a target now.
+func (c *connector) class(ctx context.Context, target *v1.Target) (*v1.TargetClass, error) {
+	class, err := policy.Governing(ctx, c.opts.Classes, target.Spec.ClassName)
+	c.tell(target, err)
+	return class, statusError(err)
 }
 
 // tell leaves an Event on a target about a connection that failed, if a person
@@ -241,12 +248,7 @@ func (c *connector) open(ctx context.Context, to *access, instance string) (_ dr
 	}
 	request := driver.Request{Target: to.target, Instance: instance, Dial: c.opts.Dial}
 	if !to.target.Spec.Hosted() {
-		// Who wrote the target chose its endpoints.
-		services, err := c.opts.ServiceRanges()
-		if err != nil {
-			return nil, driver.Errorf(driver.Unavailable, "which addresses are the cluster's services isn't known yet: %w", err)
-		}
-		request.Dial = policy.NewDialer(policy.NewAddresses(to.class, services), policy.DialerOptions{}).DialContext
+		request.Dial = c.dialer(to.target)
 	}
 	if ssh := to.target.Spec.SSH; ssh != nil {
 		// Read for each connection, and kept no longer.
@@ -255,6 +257,22 @@ func (c *connector) open(ctx context.Context, to *access, instance string) (_ dr
 		}
 	}
 	return d.Open(ctx, request)
+}
+
+// dialer returns how a driver reaches endpoints, which whoever wrote the target
+// chose: as the target's class allows at the time.
+func (c *connector) dialer(target *v1.Target) driver.DialFunc {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		class, err := policy.Governing(ctx, c.opts.Classes, target.Spec.ClassName)
+		if err != nil {
+			return nil, err
+		}
+		services, err := c.opts.ServiceRanges()
+		if err != nil {
+			return nil, driver.Errorf(driver.Unavailable, "which addresses are the cluster's services isn't known yet: %w", err)
+		}
+		return policy.NewDialer(policy.NewAddresses(class, services), policy.DialerOptions{}).DialContext(ctx, network, address)
+	}
 }
 
 // ability finds what a connection can do beyond being closed. It is the one

@@ -42,9 +42,6 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 	if err := badOptions(validation.ValidateTargetPortForwardOptions(opts)); err != nil {
 		return nil, err
 	}
-	if err := authorizeCreate(ctx, r.opts.Authorizer); err != nil {
-		return nil, err
-	}
 	to, err := r.access(ctx, name)
 	if err != nil {
 		return nil, err
@@ -56,7 +53,7 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 	var request streaming.PortForwardRequest
 	for _, port := range opts.Ports {
 		// Ports that are named beforehand are refused beforehand.
-		if err := r.allowPort(to, uint16(port)); err != nil {
+		if err := r.allowPort(to.target, to.class, uint16(port)); err != nil {
 			return nil, err
 		}
 		request.Ports = append(request.Ports, uint16(port))
@@ -74,7 +71,13 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 			return err
 		}
 		return streaming.ServePortForward(w, req, request, r.opts.Streaming, func(ctx context.Context, port uint16) (streaming.PortStream, error) {
-			if err := r.allowPort(to, port); err != nil {
+			// The class as it is by now: a session may last, and each of its
+			// connections is a new one.
+			class, err := r.class(ctx, to.target)
+			if err != nil {
+				return nil, err
+			}
+			if err := r.allowPort(to.target, class, port); err != nil {
 				return nil, err
 			}
 			stream, err := dialer.DialPort(ctx, port)
@@ -89,8 +92,8 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 
 // allowPort says whether a port may be forwarded. It is asked as each stream
 // opens, because over SPDY the ports come after the upgrade.
-func (r *PortForwardREST) allowPort(to *access, port uint16) error {
-	err := policy.AllowPort(to.class, to.target, port, v1.ProtocolTCP)
-	r.tell(to.target, err)
+func (r *PortForwardREST) allowPort(target *v1.Target, class *v1.TargetClass, port uint16) error {
+	err := policy.AllowPort(class, target, port, v1.ProtocolTCP)
+	r.tell(target, err)
 	return statusError(err)
 }

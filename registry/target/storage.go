@@ -17,7 +17,6 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/sets"
-	"k8s.io/apiserver/pkg/authorization/authorizer"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/registry/generic"
 	genericregistry "k8s.io/apiserver/pkg/registry/generic/registry"
@@ -84,8 +83,6 @@ type Options struct {
 	Sessions *session.Manager
 	// Streaming bounds upgraded connections.
 	Streaming streaming.Options
-	// Authorizer is asked for the verb create on exec, attach and portforward.
-	Authorizer authorizer.UnconditionalAuthorizer
 }
 
 // Storage is the REST surface of targets.

@@ -2,6 +2,7 @@ package targetclass
 
 import (
 	"context"
+	"fmt"
 
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -10,6 +11,7 @@ import (
 	"k8s.io/apiserver/pkg/storage/names"
 
 	api "aaserver.io/aaserver/apis/streaming"
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/apis/streaming/validation"
 )
 
@@ -42,7 +44,19 @@ func (strategy) Validate(_ context.Context, obj runtime.Object) field.ErrorList 
 	return validation.ValidateTargetClass(obj.(*api.TargetClass))
 }
 
-func (strategy) WarningsOnCreate(context.Context, runtime.Object) []string { return nil }
+func (strategy) WarningsOnCreate(_ context.Context, obj runtime.Object) []string {
+	return warnings(obj.(*api.TargetClass))
+}
+
+// warnings tells of an annotation that looks as if it made a class the default.
+func warnings(class *api.TargetClass) []string {
+	switch value := class.Annotations[v1.AnnotationDefaultClass]; value {
+	case "", "true", "false":
+		return nil
+	default:
+		return []string{fmt.Sprintf("metadata.annotations[%s]: only \"true\" makes the class the default", v1.AnnotationDefaultClass)}
+	}
+}
 
 func (strategy) Canonicalize(runtime.Object) {}
 
@@ -61,6 +75,6 @@ func (strategy) ValidateUpdate(_ context.Context, obj, old runtime.Object) field
 	return validation.ValidateTargetClassUpdate(obj.(*api.TargetClass), old.(*api.TargetClass))
 }
 
-func (strategy) WarningsOnUpdate(context.Context, runtime.Object, runtime.Object) []string {
-	return nil
+func (strategy) WarningsOnUpdate(_ context.Context, obj, _ runtime.Object) []string {
+	return warnings(obj.(*api.TargetClass))
 }

@@ -1216,7 +1216,7 @@ func schema_aaserver_apis_streaming_v1_TargetClass(ref common.ReferenceCallback)
 	return common.OpenAPIDefinition{
 		Schema: spec.Schema{
 			SchemaProps: spec.SchemaProps{
-				Description: "TargetClass says what the targets that name it may do. What it doesn't allow is refused: an empty class allows nothing. Naming a class needs the verb use on it.\n\nIt governs new targets, changes to targets and new connections, from the moment that it is written. Instances that run and connections that are open stay as they are.",
+				Description: "TargetClass says what the targets that name it may do. What it doesn't allow is refused: an empty class allows nothing. Naming a class needs the verb use on it.\n\nIt governs new targets, changes of what a target is, and new connections, from the moment that it is written. Instances run on, also when they are scaled, and sessions that are open go on.",
 				Type:        []string{"object"},
 				Properties: map[string]spec.Schema{
 					"kind": {
@@ -1751,7 +1751,7 @@ func schema_aaserver_apis_streaming_v1_TargetSpec(ref common.ReferenceCallback) 
 	return common.OpenAPIDefinition{
 		Schema: spec.Schema{
 			SchemaProps: spec.SchemaProps{
-				Description: "TargetSpec is the desired state of a target. Exactly one of the sources process, container, ssh and tcp is set, and which one never changes.",
+				Description: "TargetSpec is the desired state of a target. Exactly one of the sources process, container, ssh and tcp is set, and which one never changes. A server refuses sources that it has no driver for.",
 				Type:        []string{"object"},
 				Properties: map[string]spec.Schema{
 					"className": {

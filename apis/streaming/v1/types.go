@@ -71,7 +71,8 @@ type TargetList struct {
 }
 
 // TargetSpec is the desired state of a target. Exactly one of the sources
-// process, container, ssh and tcp is set, and which one never changes.
+// process, container, ssh and tcp is set, and which one never changes. A server
+// refuses sources that it has no driver for.
 type TargetSpec struct {
 	// className names the TargetClass that says what the target may do. Empty
 	// means the default class.

@@ -114,17 +114,26 @@ func (p *classPolicy) write(ctx context.Context, a admission.Attributes) error {
 			return err
 		}
 	}
-	class, err := p.classOf(ctx, a, target)
-	if err != nil {
-		return err
+	name := target.Spec.ClassName
+	if name == "" {
+		if name, err = p.classes.DefaultClass(ctx); err != nil {
+			return plugin.Unreadable(fmt.Errorf("finding the default class: %w", err))
+		}
 	}
-	if err := plugin.Authorize(ctx, p.authorizer, a, authorizer.AttributesRecord{
-		Verb:       "use",
-		APIGroup:   v1.GroupName,
-		APIVersion: v1.SchemeGroupVersion.Version,
-		Resource:   "targetclasses",
-		Name:       class.Name,
-	}, "name a class in spec.className that you may use, or have the verb use on this one granted to you"); err != nil {
+	// First: who may not use a class isn't told whether there is one.
+	if name != "" {
+		if err := plugin.Authorize(ctx, p.authorizer, a, authorizer.AttributesRecord{
+			Verb:       "use",
+			APIGroup:   v1.GroupName,
+			APIVersion: v1.SchemeGroupVersion.Version,
+			Resource:   "targetclasses",
+			Name:       name,
+		}, "name a class in spec.className that you may use, or have the verb use on this one granted to you"); err != nil {
+			return err
+		}
+	}
+	class, err := p.classOf(ctx, a, name)
+	if err != nil {
 		return err
 	}
 	return p.check(a, class, target, old)
@@ -149,7 +158,7 @@ func (p *classPolicy) connect(ctx context.Context, a admission.Attributes) error
 }
 
 func (p *classPolicy) judge(ctx context.Context, a admission.Attributes, found *v1.Target) error {
-	class, err := p.classOf(ctx, a, found)
+	class, err := p.classOf(ctx, a, found.Spec.ClassName)
 	if err != nil {
 		return err
 	}
@@ -173,9 +182,10 @@ func (p *classPolicy) judge(ctx context.Context, a admission.Attributes, found *
 	return nil
 }
 
-// classOf returns the class that governs a target. Without one, nothing goes.
-func (p *classPolicy) classOf(ctx context.Context, a admission.Attributes, target *v1.Target) (*v1.TargetClass, error) {
-	class, err := policy.Governing(ctx, p.classes, target.Spec.ClassName)
+// classOf returns the class that governs a target that names one, or "" for the
+// default. Without one, nothing goes.
+func (p *classPolicy) classOf(ctx context.Context, a admission.Attributes, name string) (*v1.TargetClass, error) {
+	class, err := policy.Governing(ctx, p.classes, name)
 	if denied, ok := errors.AsType[*policy.DeniedError](err); ok {
 		return nil, plugin.Forbidden(a, denied.Error())
 	}

@@ -323,6 +323,11 @@ func lookUpAccount(name string) (account, error) {
 		}
 		return account{}, driver.Errorf(driver.Unavailable, "looking up user %q: %w", name, err)
 	}
+	// A class that allows any user but root judges the name alone: what is root
+	// by another name, or by a number with zeros before it, isn't taken for it.
+	if u.Uid == "0" && uid == 0 && name != "root" && name != "0" {
+		return account{}, driver.Errorf(driver.Invalid, "user %q is root on the agent's host: name root or 0 to run as root", name)
+	}
 	a := account{name: u.Username, home: u.HomeDir, shell: loginShell(u.Username)}
 	if a.home == "" {
 		a.home = "/"

@@ -31,9 +31,9 @@ import (
 // is refused: an empty class allows nothing. Naming a class needs the verb use
 // on it.
 //
-// It governs new targets, changes to targets and new connections, from the
-// moment that it is written. Instances that run and connections that are open
-// stay as they are.
+// It governs new targets, changes of what a target is, and new connections, from
+// the moment that it is written. Instances run on, also when they are scaled, and
+// sessions that are open go on.
 type TargetClassApplyConfiguration struct {
 	metav1.TypeMetaApplyConfiguration `json:""`
 	// metadata is the standard object's metadata.
