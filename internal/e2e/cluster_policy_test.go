@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -386,6 +387,7 @@ func testMissingClass(t *testing.T, a *aggregated) {
 	wantAllConnected(admin, ns, "web")
 	live := hold(t, admin, ns, "web")
 	address := forward(t, admin, "tunnel", targetPath(ns, "web", "portforward"), "0:8080")[0]
+	ask := stayConnected(t, address)
 	wantMarked(t, marker, 2, 30*time.Second)
 
 	must(t, "deleting the class", api.send(http.MethodDelete, classPath(class), "application/json", ""))
@@ -398,9 +400,12 @@ func testMissingClass(t *testing.T, a *aggregated) {
 	wantForbidden(t, "another command", api.merge(onePath(ns, "sleeps"), `{"spec":{"process":{"command":["sleep","5"]}}}`), `class "`+class+`" does not exist`)
 	wantForbidden(t, "another class that isn't there", api.merge(onePath(ns, "sleeps"), `{"spec":{"className":"nowhere"}}`), `class "nowhere" does not exist`)
 
-	// What runs goes on, and so do the connections that were open.
+	// What runs goes on, and so do the connections that were open. There are no
+	// more of them.
 	live.wantAlive()
-	wantAnswer(t, address, "hello from web-")
+	ask()
+	wantRefused(t, address)
+	ask()
 	wantMarked(t, marker, 2, time.Second)
 	must(t, "a label", api.merge(onePath(ns, "sleeps"), `{"metadata":{"labels":{"changed":"yes"},"annotations":{"changed":"yes"}}}`))
 	must(t, "scaling", api.merge(onePath(ns, "sleeps")+"/scale", `{"spec":{"replicas":3}}`))
@@ -592,6 +597,36 @@ func testDefaultClass(t *testing.T, a *aggregated) {
 	must(t, "another count", api.apply(onePath(ns, "applied"), "e2e", manifest(2)))
 }
 
+// stayConnected connects to a forwarded port, and returns what asks it something by
+// that same connection.
+func stayConnected(t *testing.T, address string) (ask func()) {
+	t.Helper()
+	var connected atomic.Bool
+	transport := &http.Transport{DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+		if connected.Swap(true) {
+			return nil, errors.New("the connection did not stay open")
+		}
+		return (&net.Dialer{}).DialContext(ctx, network, address)
+	}}
+	t.Cleanup(transport.CloseIdleConnections)
+	client := http.Client{Timeout: 20 * time.Second, Transport: transport}
+	ask = func() {
+		t.Helper()
+		response, err := client.Get("http://" + address)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		if err != nil || !strings.HasPrefix(string(body), "hello from web-") {
+			t.Errorf("%s answered %q, %v", address, body, err)
+		}
+	}
+	ask()
+	return ask
+}
+
 func testEditedClass(t *testing.T, a *aggregated) {
 	admin, c := a.with(t), a.cluster
 	api, ns, class := admin.sender(), a.cluster.namespace(t, "edited"), newName("edited")
@@ -602,9 +637,10 @@ func testEditedClass(t *testing.T, a *aggregated) {
 	must(t, "creating", api.create(ns, webOf(class, "web")))
 	admin.waitTarget(ns, "web")
 	live := hold(t, admin, ns, "web")
-	forwards := map[string]string{}
+	forwards, asks := map[string]string{}, []func(){}
 	for protocol := range forwardDialers {
 		forwards[protocol] = forward(t, admin, protocol, targetPath(ns, "web", "portforward"), "0:8080")[0]
+		asks = append(asks, stayConnected(t, forwards[protocol]))
 	}
 
 	// A replica has no process of the target's: what it allows ends with 503.
@@ -626,6 +662,10 @@ func testEditedClass(t *testing.T, a *aggregated) {
 		if code, message := named.connect(admin, ns, "web"); code != http.StatusForbidden || !strings.Contains(message, `class "`+class+`" does not allow port 8080`) {
 			t.Errorf("right after the port was closed: %d %s", code, message)
 		}
+		// A session that is open makes no more connections to it either.
+		for _, address := range forwards {
+			wantRefused(t, address)
+		}
 		if code, message := byReplica(); code != http.StatusForbidden || !strings.Contains(message, `class "`+class+`" does not allow port 8080`) {
 			t.Errorf("by a replica, right after the port was closed: %d %s", code, message)
 		}
@@ -633,12 +673,15 @@ func testEditedClass(t *testing.T, a *aggregated) {
 		if code, message := named.connect(admin, ns, "web"); code != http.StatusSwitchingProtocols {
 			t.Errorf("right after the port was opened: %d %s", code, message)
 		}
+		for _, address := range forwards {
+			wantAnswer(t, address, "hello from web-")
+		}
 		if code, message := byReplica(); code != http.StatusServiceUnavailable {
 			t.Errorf("by a replica, right after the port was opened: %d %s, want 503: it hasn't the agent", code, message)
 		}
 	}
 
-	// Those that were open keep what they began with: ports, and no limit.
+	// Those that were open keep what they began with: connections, and no limit.
 	api.class(class, `{sources: [process], agents: [local], agentUser: true, ports: {allowed: [{port: 1}]}, limits: {sessionsPerTarget: 1, maxDurationSeconds: 1, idleTimeoutSeconds: 1}}`)
 	code, message := way{"exec", "stdout=true&command=true", "v5.channel.k8s.io"}.connect(admin, ns, "web")
 	if code != http.StatusTooManyRequests {
@@ -647,8 +690,8 @@ func testEditedClass(t *testing.T, a *aggregated) {
 	began := time.Now()
 	eventually(t, "the new limit has passed, were it theirs", time.Minute, func() error {
 		live.wantAlive()
-		for _, address := range forwards {
-			wantAnswer(t, address, "hello from web-")
+		for _, ask := range asks {
+			ask()
 		}
 		if passed := time.Since(began); passed < 2500*time.Millisecond {
 			return fmt.Errorf("only %s", passed)
