@@ -28,9 +28,10 @@ test-unit: ## the fast part of the tests
 # Where goroutines meet: these run with the race detector.
 RACED := ./streaming/... ./registry/... ./internal/agent/... ./internal/driver/... ./internal/session/...
 
+# The longest package takes some six minutes on two idle cores.
 test: controlplane ## all tests
-	go test -race -short $(RACED)
-	go test $$(go list ./...)
+	go test -race -short -timeout 30m $(RACED)
+	go test -timeout 30m $$(go list ./...)
 	GOWORK=off go -C hack/controlplane test ./...
 
 controlplane: ## a real kube-apiserver, kube-controller-manager, kubectl and etcd
