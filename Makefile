@@ -26,7 +26,7 @@ test-unit: ## the fast part of the tests
 	go test -short $$(go list ./... | grep -v /internal/e2e)
 
 # Where goroutines meet: these run with the race detector.
-RACED := ./streaming/... ./registry/... ./internal/agent/... ./internal/driver/... ./internal/session/...
+RACED := ./streaming/... ./registry/... ./internal/agent/... ./internal/driver/... ./internal/policy/... ./internal/recorder/... ./internal/session/...
 
 # The longest package takes some six minutes on two idle cores.
 test: controlplane ## all tests
