@@ -327,8 +327,7 @@ func (s *stored) testWatch(t *testing.T, namespace string) {
 	before := s.newEvent(t, namespace, "before", "")
 	a := s.newEvent(t, namespace, "a", "1")
 	a.Message = "2"
-	a, err := events.Update(ctx, a, metav1.UpdateOptions{})
-	if err != nil {
+	if _, err := events.Update(ctx, a, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	s.newEvent(t, namespace, "b", "")
