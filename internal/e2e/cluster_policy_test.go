@@ -601,6 +601,14 @@ func testDefaultClass(t *testing.T, a *aggregated) {
 // that same connection.
 func stayConnected(t *testing.T, address string) (ask func()) {
 	t.Helper()
+	// A process that runs, and is ready by that, may not listen yet.
+	eventually(t, "it listens", time.Minute, func() error {
+		response, err := (&http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}).Get("http://" + address)
+		if err != nil {
+			return err
+		}
+		return response.Body.Close()
+	})
 	var connected atomic.Bool
 	transport := &http.Transport{DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 		if connected.Swap(true) {

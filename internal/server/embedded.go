@@ -9,6 +9,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/uuid"
 	genericapiserver "k8s.io/apiserver/pkg/server"
@@ -198,12 +199,13 @@ func (e *embeddedAgent) lead(ctx context.Context, served <-chan struct{}, lock r
 	log := klog.FromContext(ctx)
 	leading := make(chan context.Context, 1)
 	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
-		Name:            e.name,
-		Lock:            lock,
-		LeaseDuration:   leaseDuration,
-		RenewDeadline:   renewDeadline,
-		RetryPeriod:     retryPeriod,
-		ReleaseOnCancel: true,
+		Name:          e.name,
+		Lock:          lock,
+		LeaseDuration: leaseDuration,
+		RenewDeadline: renewDeadline,
+		RetryPeriod:   retryPeriod,
+		// ReleaseOnCancel would ask the main API for as long again before it
+		// says that the Lease is lost, while another server takes it.
 		Callbacks: leaderelection.LeaderCallbacks{
 			OnStartedLeading: func(ctx context.Context) { leading <- ctx },
 			OnStoppedLeading: func() {},
@@ -216,8 +218,14 @@ func (e *embeddedAgent) lead(ctx context.Context, served <-chan struct{}, lock r
 	leaseCtx, release := context.WithCancel(context.WithoutCancel(ctx))
 	var electing sync.WaitGroup
 	electing.Go(func() { elector.Run(leaseCtx) })
-	defer electing.Wait()
-	defer release()
+	lost := false
+	defer func() {
+		release()
+		electing.Wait()
+		if !lost {
+			letGo(leaseCtx, lock)
+		}
+	}()
 
 	select {
 	case <-ctx.Done():
@@ -225,9 +233,33 @@ func (e *embeddedAgent) lead(ctx context.Context, served <-chan struct{}, lock r
 	case held := <-leading:
 		log.Info("This server holds the agent's Lease", "agent", e.name)
 		err := e.run(ctx, runOptions{held: held, served: served})
+		lost = held.Err() != nil
 		if ctx.Err() == nil {
 			log.Info("This server has lost the agent's Lease: its processes were ended", "agent", e.name)
 		}
 		return err
+	}
+}
+
+// letGoTimeout bounds how long a server that ends tries to let go of a Lease.
+// Without it, the next holder waits until the Lease is over.
+const letGoTimeout = 5 * time.Second
+
+// letGo ends a Lease that this server holds, if it does.
+func letGo(ctx context.Context, lock resourcelock.Interface) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), letGoTimeout)
+	defer cancel()
+	record, _, err := lock.Get(ctx)
+	if err == nil && record.HolderIdentity == lock.Identity() {
+		now := metav1.Now()
+		err = lock.Update(ctx, resourcelock.LeaderElectionRecord{
+			LeaderTransitions:    record.LeaderTransitions,
+			LeaseDurationSeconds: 1,
+			AcquireTime:          now,
+			RenewTime:            now,
+		})
+	}
+	if err != nil && !apierrors.IsNotFound(err) {
+		klog.FromContext(ctx).Error(err, "The agent's Lease can't be let go", "lease", lock.Describe())
 	}
 }

@@ -154,7 +154,7 @@ func shorten(body []byte) []byte {
 	}
 	var status metav1.Status
 	if err := json.Unmarshal(body, &status); err != nil || status.Status == "" {
-		return body[:maxStatus]
+		return body // in protobuf, for a client that asked for that
 	}
 	// Details repeat the message.
 	status.Details = nil

@@ -323,25 +323,25 @@ func lookUpAccount(name string) (account, error) {
 		}
 		return account{}, driver.Errorf(driver.Unavailable, "looking up user %q: %w", name, err)
 	}
+	id, err1 := strconv.ParseUint(u.Uid, 10, 32)
+	gid, err2 := strconv.ParseUint(u.Gid, 10, 32)
+	if err := errors.Join(err1, err2); err != nil {
+		return account{}, driver.Errorf(driver.Unavailable, "looking up user %q: %w", name, err)
+	}
 	// A class that allows any user but root judges the name alone: what is root
 	// by another name, or by a number with zeros before it, isn't taken for it.
-	if u.Uid == "0" && uid == 0 && name != "root" && name != "0" {
+	if id == 0 && uid == 0 && name != "root" && name != "0" {
 		return account{}, driver.Errorf(driver.Invalid, "user %q is root on the agent's host: name root or 0 to run as root", name)
 	}
 	a := account{name: u.Username, home: u.HomeDir, shell: loginShell(u.Username)}
 	if a.home == "" {
 		a.home = "/"
 	}
-	if u.Uid == strconv.Itoa(uid) {
+	if id == uint64(uid) {
 		return a, nil
 	}
 	if uid != 0 {
 		return account{}, driver.Errorf(driver.Invalid, "the agent runs as uid %d and can't switch to user %q: start aaserver as root, or leave user out", uid, name)
-	}
-	id, err1 := strconv.ParseUint(u.Uid, 10, 32)
-	gid, err2 := strconv.ParseUint(u.Gid, 10, 32)
-	if err := errors.Join(err1, err2); err != nil {
-		return account{}, driver.Errorf(driver.Unavailable, "looking up user %q: %w", name, err)
 	}
 	a.credential = &syscall.Credential{Uid: uint32(id), Gid: uint32(gid)}
 	// A user without an entry is in no groups.

@@ -398,6 +398,13 @@ func TestPorts(t *testing.T) {
 	if _, err := c.DialPort(t.Context(), 53); driver.KindOf(err) != driver.Unsupported {
 		t.Errorf("UDP: %v", err)
 	}
+	// What was UDP when the instance was started isn't its own by TCP.
+	turned := target.DeepCopy()
+	turned.Spec.Ports[1].Protocol = "TCP"
+	c.req.Target, dialled = turned, ""
+	if _, err := c.DialPort(t.Context(), 53); driver.KindOf(err) != driver.Unavailable || dialled != "" {
+		t.Errorf("a port that was UDP: %v, dialled %q", err, dialled)
+	}
 	// Listed since the instance was started: it is no port of the instance.
 	later := target.DeepCopy()
 	later.Spec.Ports = append(later.Spec.Ports, v1.TargetPort{Name: "ssh", Port: 22, Protocol: "TCP"})

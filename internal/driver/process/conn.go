@@ -343,13 +343,11 @@ func (c *conn) DialPort(ctx context.Context, port uint16) (driver.Stream, error)
 	if name == "" && udp {
 		return nil, driver.Errorf(driver.Unsupported, "port %d of instance %s is UDP, which can't be forwarded", port, c.id.Name)
 	}
-	own := slices.IndexFunc(r.ports, func(p v1.InstancePort) bool {
-		return p.Port == int32(port) && p.HostPort != 0 && (p.Name == name || !udp)
-	})
+	own := slices.IndexFunc(r.tcp, func(p v1.InstancePort) bool { return p.Port == int32(port) })
 	hostPort := int32(port)
 	switch {
 	case own >= 0:
-		hostPort = r.ports[own].HostPort
+		hostPort = r.tcp[own].HostPort
 	case name != "":
 		// A port that is listed stands for one of the instance's own. Without
 		// that, whoever may list a port would get the host's.
