@@ -2,9 +2,9 @@
 // are stored, defaulted, validated and printed, and what its subresources do.
 //
 // It is where the API meets the drivers: a connect subresource decodes and
-// checks its options, authorizes, finds the instance, opens it through its
-// driver, and only then hands the connection to the wire protocols of package
-// streaming.
+// checks its options, finds the target, its class and the instance, opens it
+// through its driver, and only then hands the connection to the wire protocols
+// of package streaming.
 package target
 
 import (
