@@ -38,10 +38,10 @@ func TestWebSocketCloseIsAnswered(t *testing.T) {
 		}
 	}
 	forward := func(w http.ResponseWriter, r *http.Request) error {
-		return ServePortForward(w, r, PortForwardRequest{Ports: []uint16{80}}, Options{}, func(ctx context.Context, _ uint16) (PortStream, error) {
+		return ServePortForward(w, r, PortForwardRequest{Ports: []uint16{80}}, Options{}, backendOf(func(ctx context.Context, _ uint16) (PortStream, error) {
 			<-ctx.Done()
 			return nil, ctx.Err()
-		})
+		}))
 	}
 	log := func(w http.ResponseWriter, r *http.Request) error {
 		return ServeLog(w, r, true, Options{}, func(ctx context.Context, out io.Writer) error {
@@ -124,11 +124,11 @@ func TestPausedClientHoldsNothingUp(t *testing.T) {
 		})
 	}
 	forward := func(w http.ResponseWriter, r *http.Request, flood func(io.Writer) error) error {
-		return ServePortForward(w, r, PortForwardRequest{Ports: []uint16{80}}, opts, func(context.Context, uint16) (PortStream, error) {
+		return ServePortForward(w, r, PortForwardRequest{Ports: []uint16{80}}, opts, backendOf(func(context.Context, uint16) (PortStream, error) {
 			here, there := net.Pipe()
 			go flood(there) // until join closes the other end
 			return pipeStream{here}, nil
-		})
+		}))
 	}
 	log := func(w http.ResponseWriter, r *http.Request, flood func(io.Writer) error) error {
 		return ServeLog(w, r, true, opts, func(_ context.Context, out io.Writer) error { return flood(out) })
@@ -339,7 +339,7 @@ func TestPortForwardForgetsStreamsThatTheClientDoesNotEnd(t *testing.T) {
 	for name, tc := range cases {
 		t.Run(name, func(t *testing.T) {
 			opts := Options{MaxForwards: 2}.withDefaults()
-			f := &forwarder{opts: opts, dial: tc.dial, pairs: map[string]*pair{}}
+			f := &forwarder{opts: opts, backend: backendOf(tc.dial), pairs: map[string]*pair{}}
 			s, c := serveSPDY(t, opts, f.accept)
 			id := spdy.StreamId(1)
 			for range tc.held {

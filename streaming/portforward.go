@@ -37,6 +37,44 @@ type PortForwardRequest struct {
 	Ports []uint16
 }
 
+// Endpoint is what a forwarded connection leads to, or, of a reverse forward,
+// where it comes from.
+type Endpoint struct {
+	// Network is "tcp", "udp" or "unix". Protocols other than the mux protocol
+	// know "tcp" alone.
+	Network string
+	// Port is that of "tcp" and "udp".
+	Port uint16
+	// Path is that of "unix".
+	Path string
+	// Instance names an instance of the target; "" is the session's.
+	Instance string
+}
+
+// PortForwardBackend makes the connections of a port-forward session. Its
+// functions may be called from several goroutines at once. Their context ends
+// with the session, and bounds dialling and listening only.
+type PortForwardBackend struct {
+	// Dial connects to an endpoint. A connection of "udp" keeps datagrams
+	// apart: each Read returns one, each Write sends one.
+	Dial func(ctx context.Context, to Endpoint) (PortStream, error)
+	// Listen has the target's side listen, and the client take the connections:
+	// a reverse forward. nil refuses that.
+	Listen func(ctx context.Context, at Endpoint) (PortListener, error)
+}
+
+// PortListener accepts the connections of a reverse forward.
+type PortListener interface {
+	// Accept waits for the next connection. It fails once the listener is
+	// closed.
+	Accept() (PortStream, error)
+	// Endpoint is where it listens, with the port that was chosen if 0 was
+	// asked for.
+	Endpoint() Endpoint
+	// Close ends Accept; connections go on.
+	Close() error
+}
+
 // The subprotocols of port-forwarding over WebSocket: the tunnel, and the
 // legacy form.
 var portForwardSubprotocols = []string{
@@ -45,19 +83,16 @@ var portForwardSubprotocols = []string{
 }
 
 // ServePortForward upgrades the request to one of the protocols of
-// port-forward, dials for each connection that the client opens, and copies
-// until the client goes or r's context ends. When it returns, all that it
+// port-forward, has the backend dial for each connection that the client opens,
+// and copies until the client goes or r's context ends. When it returns, all that it
 // started has ended. It returns what ended the session, nil if the client
 // closed it in order.
 //
 // A failure before the upgrade is answered as a metav1.Status, and returned. A
-// failure of dial ends that connection alone; see HeaderErrorText.
-//
-// dial may be called from several goroutines at once. Its context ends with
-// the session, and bounds dialling only.
-func ServePortForward(w http.ResponseWriter, r *http.Request, req PortForwardRequest, opts Options, dial func(ctx context.Context, port uint16) (PortStream, error)) error {
+// failure to dial ends that connection alone; see HeaderErrorText.
+func ServePortForward(w http.ResponseWriter, r *http.Request, req PortForwardRequest, opts Options, backend PortForwardBackend) error {
 	opts = opts.withDefaults()
-	f := &forwarder{allowed: req.Ports, opts: opts, dial: dial, pairs: map[string]*pair{}}
+	f := &forwarder{allowed: req.Ports, opts: opts, backend: backend, pairs: map[string]*pair{}}
 	if !isWebSocket(r) {
 		protocol, err := negotiateSPDY(w, r, []string{portforward.PortForwardV1Name})
 		if err != nil {
@@ -92,7 +127,7 @@ func ServePortForward(w http.ResponseWriter, r *http.Request, req PortForwardReq
 type forwarder struct {
 	allowed []uint16
 	opts    Options
-	dial    func(ctx context.Context, port uint16) (PortStream, error)
+	backend PortForwardBackend
 
 	mu    sync.Mutex // protects all below; never held while writing
 	pairs map[string]*pair
@@ -243,7 +278,7 @@ func (f *forwarder) open(ctx context.Context, port uint16) (PortStream, error) {
 	if len(f.allowed) > 0 && !slices.Contains(f.allowed, port) {
 		return nil, fmt.Errorf("port %d is not one of those asked for", port)
 	}
-	return f.dial(ctx, port)
+	return f.backend.Dial(ctx, Endpoint{Network: "tcp", Port: port})
 }
 
 // out is the way to the client.
@@ -354,7 +389,7 @@ func (f *forwarder) serveLegacy(c *wsConn) error {
 	for i, port := range f.allowed {
 		wg.Go(func() {
 			defer inboxes[i].Close()
-			backend, err := f.dial(c.ctx, port)
+			backend, err := f.open(c.ctx, port)
 			if err != nil {
 				c.send(2*i+1, []byte(truncate(statusOf(err).Message, maxStatus)))
 				return

@@ -82,10 +82,15 @@ func dialLoopback(ctx context.Context, port uint16) (PortStream, error) {
 	return c.(*net.TCPConn), nil
 }
 
+// backendOf is a backend that dials ports and nothing else.
+func backendOf(dial func(context.Context, uint16) (PortStream, error)) PortForwardBackend {
+	return PortForwardBackend{Dial: func(ctx context.Context, to Endpoint) (PortStream, error) { return dial(ctx, to.Port) }}
+}
+
 func servePortForward(t testing.TB, req PortForwardRequest, opts Options, dial func(context.Context, uint16) (PortStream, error)) *server {
 	t.Helper()
 	return newServer(t, func(w http.ResponseWriter, r *http.Request) error {
-		return ServePortForward(w, r, req, opts, dial)
+		return ServePortForward(w, r, req, opts, backendOf(dial))
 	})
 }
 
@@ -542,7 +547,7 @@ func TestPortForwardEndsWithItsRequest(t *testing.T) {
 	eachForwardClient(t, func(t *testing.T, dialer func(testing.TB, string) httpstream.Dialer) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		s := newServer(t, func(w http.ResponseWriter, r *http.Request) error {
-			return ServePortForward(w, r.WithContext(ctx), PortForwardRequest{}, Options{}, dialLoopback)
+			return ServePortForward(w, r.WithContext(ctx), PortForwardRequest{}, Options{}, backendOf(dialLoopback))
 		})
 		conn := dialSPDY(t, dialer, s.URL)
 		data, _ := openPair(t, conn, echoBackend(t), "1", nil)

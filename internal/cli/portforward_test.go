@@ -195,9 +195,9 @@ func (s *testServer) servePorts(b *backend, end context.Context, seen *v1.Target
 		defer cancel(nil)
 		defer context.AfterFunc(end, func() { cancel(context.Cause(end)) })()
 		_ = streaming.ServePortForward(w, r.WithContext(ctx), streaming.PortForwardRequest{}, streaming.Options{},
-			func(ctx context.Context, port uint16) (streaming.PortStream, error) {
-				if port != 80 {
-					return nil, fmt.Errorf("connecting to port %d of instance web-0: connection refused", port)
+			streaming.PortForwardBackend{Dial: func(ctx context.Context, to streaming.Endpoint) (streaming.PortStream, error) {
+				if to.Port != 80 {
+					return nil, fmt.Errorf("connecting to port %d of instance web-0: connection refused", to.Port)
 				}
 				var d net.Dialer
 				conn, err := d.DialContext(ctx, "tcp", b.Addr().String())
@@ -205,7 +205,7 @@ func (s *testServer) servePorts(b *backend, end context.Context, seen *v1.Target
 					return nil, err
 				}
 				return conn.(*net.TCPConn), nil
-			})
+			}})
 	}
 }
 

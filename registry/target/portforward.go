@@ -70,23 +70,24 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 			responder.Error(statusError(err))
 			return err
 		}
-		return streaming.ServePortForward(w, req, request, r.opts.Streaming, func(ctx context.Context, port uint16) (streaming.PortStream, error) {
+		dial := func(ctx context.Context, end streaming.Endpoint) (streaming.PortStream, error) {
 			// The class as it is by now: a session may last, and each of its
 			// connections is a new one.
 			class, err := r.class(ctx, to.target)
 			if err != nil {
 				return nil, err
 			}
-			if err := r.allowPort(to.target, class, port); err != nil {
+			if err := r.allowPort(to.target, class, end.Port); err != nil {
 				return nil, err
 			}
-			stream, err := dialer.DialPort(ctx, port)
+			stream, err := dialer.DialPort(ctx, end.Port)
 			if err != nil {
 				r.tell(to.target, err)
 				return nil, statusError(err)
 			}
 			return s.CountBackend(stream), nil
-		})
+		}
+		return streaming.ServePortForward(w, req, request, r.opts.Streaming, streaming.PortForwardBackend{Dial: dial})
 	}), nil
 }
 
