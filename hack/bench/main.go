@@ -1,15 +1,20 @@
 //go:build linux
 
-// Command bench measures the API at scale: our server beside
-// k8s.io/sample-apiserver, on the same etcd and behind the same kube-apiserver,
-// in one run. It prints a table in Markdown.
+// Command bench measures our server beside its peers, each figure beside the
+// peer's in one run, and prints tables in Markdown. Its arguments are the parts
+// to measure, all of them if there are none:
 //
-// Both are processes of their own on loopback, started with the same flags,
-// with delegated authentication and authorization, and asked directly, not
-// through the aggregator, by the same client certificate of an administrator.
-// They are measured by turns, round by round: what disturbs the machine then
-// disturbs both. A figure is the median of the rounds, a ratio the median of the
-// rounds' own ratios.
+//	api      the API at scale, beside k8s.io/sample-apiserver
+//	forward  port-forwards, beside client-go's, bare TLS relays and ssh -L
+//
+// What is compared is measured by turns, round by round: what disturbs the
+// machine then disturbs all. A figure is the median of the rounds, a ratio the
+// median of the rounds' own ratios.
+//
+// In the part api, both servers are processes of their own on loopback, started
+// with the same flags, with delegated authentication and authorization, and asked
+// directly, not through the aggregator, by the same client certificate of an
+// administrator.
 //
 // It ends all that it started, also when it is interrupted.
 package main
@@ -26,6 +31,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -34,6 +40,15 @@ import (
 )
 
 func main() {
+	if len(os.Args) > 1 {
+		if role := roles[os.Args[1]]; role != nil {
+			if err := role(os.Args[2:]); err != nil {
+				fmt.Fprintln(os.Stderr, os.Args[1]+":", err)
+				os.Exit(1)
+			}
+			return
+		}
+	}
 	// What is started here ends with this thread.
 	runtime.LockOSThread()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -64,10 +79,25 @@ type options struct {
 	profiles        string
 }
 
-func (o *options) validate() error {
+// part measures something, and prints it. dir is for what it stores.
+type part struct {
+	name string
+	run  func(ctx context.Context, o options, dir string, out io.Writer) error
+}
+
+// parts are what can be measured, in this order.
+var parts = []part{
+	{"api", measureAPI},
+	{"forward", measureForward},
+}
+
+func (o *options) validate(chosen []string) error {
+	for _, name := range chosen {
+		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == name }) {
+			return fmt.Errorf("there is no part %q", name)
+		}
+	}
 	switch {
-	case flag.NArg() > 0:
-		return fmt.Errorf("there are no arguments beside flags: %q", flag.Args())
 	case o.rounds < 1 || o.objects < 1 || o.size.writes < 1 || o.size.reads < 1 || o.size.events < 1:
 		return errors.New("every number must be at least 1")
 	case o.size.events > o.objects:
@@ -100,27 +130,43 @@ type group struct {
 const smallSize = 2048
 
 func (o *options) run(ctx context.Context, out io.Writer) (err error) {
-	if err := o.validate(); err != nil {
+	chosen := flag.Args()
+	if err := o.validate(chosen); err != nil {
 		return err
 	}
 	// A program in the working directory is none that is looked for elsewhere.
-	bin, err := filepath.Abs(o.bin)
-	if err != nil {
+	if o.bin, err = filepath.Abs(o.bin); err != nil {
 		return err
 	}
-	o.bin = bin
 	dir, err := os.MkdirTemp("", "bench-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	for _, p := range parts {
+		if len(chosen) > 0 && !slices.Contains(chosen, p.name) {
+			continue
+		}
+		own := filepath.Join(dir, p.name)
+		if err := os.Mkdir(own, 0o755); err != nil {
+			return err
+		}
+		if err := p.run(ctx, *o, own, out); err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
+	}
+	return nil
+}
+
+// measureAPI sets our server beside the peer's.
+func measureAPI(ctx context.Context, o options, dir string, out io.Writer) error {
 	plane, info, err := startControlPlane(ctx, filepath.Join(o.bin, "controlplane", "controlplane"), dir)
 	if err != nil {
 		return err
 	}
 	defer plane.stop()
 
-	b := &bench{options: *o, out: out, samples: map[string]map[string][]sample{}}
+	b := &bench{options: o, out: out, samples: map[string]map[string][]sample{}}
 	b.ours = &server{name: "aaserver", program: filepath.Join(o.bin, "aaserver"), args: []string{"serve"}, plane: info, dir: dir}
 	b.peer = &server{name: "sample-apiserver", program: filepath.Join(o.bin, "bench-sample-apiserver"), plane: info, dir: dir}
 	for _, s := range []*server{b.peer, b.ours} {
@@ -133,12 +179,12 @@ func (o *options) run(ctx context.Context, out io.Writer) (err error) {
 	if err := b.fill(ctx); err != nil {
 		return err
 	}
-	b.logf("filled after %s", time.Since(begin).Round(time.Second))
+	logf("filled after %s", time.Since(begin).Round(time.Second))
 	for round := range o.rounds {
 		if err := b.round(ctx, round); err != nil {
 			return err
 		}
-		b.logf("round %d of %d after %s", round+1, o.rounds, time.Since(begin).Round(time.Second))
+		logf("round %d of %d after %s", round+1, o.rounds, time.Since(begin).Round(time.Second))
 	}
 	if err := b.remember(ctx, whenDone, b.peer, b.ours); err != nil {
 		return err
@@ -152,7 +198,7 @@ func (o *options) run(ctx context.Context, out io.Writer) (err error) {
 	return b.profile(ctx)
 }
 
-func (b *bench) logf(format string, args ...any) {
+func logf(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "bench: "+format+"\n", args...)
 }
 

@@ -88,7 +88,11 @@ func (p *process) wait(ctx context.Context, ready func(context.Context) error) e
 	return err
 }
 
+// stop ends the process. It does nothing to one that wasn't started.
 func (p *process) stop() {
+	if p == nil {
+		return
+	}
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.ended:
@@ -110,6 +114,7 @@ func tail(name string) string {
 
 // controlPlane is what hack/controlplane's launcher says of itself.
 type controlPlane struct {
+	Components      map[string]struct{ PID int }
 	APIServerURL    string
 	AdminKubeconfig string
 	Admin           keyPair
@@ -252,9 +257,17 @@ const clockTicks = 100
 
 // cpu is how much processor time the process has used, its ended threads' too.
 func (p *process) cpu() (time.Duration, error) {
-	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	used, err := cpuOf(p.cmd.Process.Pid)
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", p.name, err)
+	}
+	return used, nil
+}
+
+func cpuOf(pid int) (time.Duration, error) {
+	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
 	}
 	return parseCPU(content)
 }

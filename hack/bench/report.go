@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net/http"
 	"os"
@@ -62,17 +63,17 @@ func number(value float64) string {
 
 // table prints rows in Markdown, the first as the heading, aligned for those
 // who read it as text.
-func (b *bench) table(rows [][]string) {
+func table(out io.Writer, rows [][]string) {
 	rule := make([]string, len(rows[0]))
 	for i := range rule {
 		rule[i] = "---"
 	}
-	writer := tabwriter.NewWriter(b.out, 0, 0, 1, ' ', 0)
+	writer := tabwriter.NewWriter(out, 0, 0, 1, ' ', 0)
 	for _, row := range slices.Insert(slices.Clone(rows), 1, rule) {
 		fmt.Fprintf(writer, "| %s\t|\n", strings.Join(row, "\t| "))
 	}
 	writer.Flush()
-	fmt.Fprintln(b.out)
+	fmt.Fprintln(out)
 }
 
 func column(samples []sample, of func(sample) float64) []float64 {
@@ -105,9 +106,9 @@ func (b *bench) report(ctx context.Context) error {
 		{fmt.Sprintf("Realistic targets, beside objects of the peer that are padded to their size, %d bytes in JSON", b.realistic.size), b.realistic},
 	} {
 		fmt.Fprintf(b.out, "%s: how much in a second; a ratio above 1 is faster.\n\n", g.title)
-		b.table(b.compare(g.group, func(s sample) float64 { return 1 / s.wall }, func(op operation) string { return op.unit }))
+		table(b.out, b.compare(g.group, func(s sample) float64 { return 1 / s.wall }, func(op operation) string { return op.unit }))
 		fmt.Fprint(b.out, "Processor time of the server for each of them, in milliseconds; a ratio below 1 is cheaper.\n\n")
-		b.table(b.compare(g.group, func(s sample) float64 { return s.cpu * 1e3 }, nil))
+		table(b.out, b.compare(g.group, func(s sample) float64 { return s.cpu * 1e3 }, nil))
 	}
 	b.reportMemory()
 	return nil
@@ -157,7 +158,7 @@ func (b *bench) reportMemory() {
 		}
 		rows = append(rows, cells)
 	}
-	b.table(rows)
+	table(b.out, rows)
 
 	rows = [][]string{{"the watch cache's share of the heap, MiB", "sample-apiserver", "ours", "ratio"}}
 	for _, step := range []struct{ name, from, to string }{
@@ -169,7 +170,7 @@ func (b *bench) reportMemory() {
 		ours := at[step.to][b.ours].Heap - at[step.from][b.ours].Heap
 		rows = append(rows, []string{step.name, number(peer / mib), number(ours / mib), fmt.Sprintf("%.2f", ours/peer)})
 	}
-	b.table(rows)
+	table(b.out, rows)
 }
 
 // sizes says how large objects are, and whether the peer has protobuf.
