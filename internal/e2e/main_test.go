@@ -32,6 +32,10 @@ var endWithTests *syscall.SysProcAttr
 var atEnd []func()
 
 func TestMain(m *testing.M) {
+	if address := os.Getenv(echoAddress); address != "" {
+		fmt.Fprintln(os.Stderr, echo(address))
+		os.Exit(1)
+	}
 	os.Exit(runTests(m))
 }
 
