@@ -13,7 +13,7 @@ LDFLAGS := -X aaserver.io/aaserver/internal/version.version=$(VERSION)
 # that what is tested is what is shipped.
 export GOFLAGS := $(strip $(GOFLAGS) -tags=fieldsv1string)
 
-.PHONY: build run test test-unit controlplane cluster bench update verify clean
+.PHONY: build run test test-unit controlplane cluster bench soak update verify clean
 
 build: ## bin/aaserver and bin/kubectl-target
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/aaserver .
@@ -45,6 +45,10 @@ bench: build controlplane ## the benchmarks, ours beside the peers' in one run
 	CGO_ENABLED=0 GOWORK=off GOFLAGS= go -C hack/bench/peer build -trimpath -o $(BIN)/bench-sample-apiserver .
 	CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./hack/bench
 	$(BIN)/bench -bin-dir $(BIN)
+
+soak: build controlplane ## ten minutes of all kinds of sessions, after which nothing may be left
+	CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./hack/bench
+	$(BIN)/bench -bin-dir $(BIN) soak
 
 update: ## regenerate what is generated
 	hack/update.sh

@@ -26,6 +26,8 @@ type cluster struct {
 	server *server
 	// client asks kube-apiserver.
 	client *client
+	// backend is what is forwarded to, once it runs.
+	backend *v1.Target
 }
 
 const (

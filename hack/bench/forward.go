@@ -21,7 +21,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/streaming"
 )
 
 const (
@@ -32,6 +32,9 @@ const (
 	forwardBytes = 512 << 20
 	manyConns    = 100
 )
+
+// backendEndpoint is where our own protocol finds it.
+var backendEndpoint = streaming.Endpoint{Network: "tcp", Port: backendPort}
 
 // forward is a way from a local port to the backend: the programs on it, those
 // at its ends not included.
@@ -81,18 +84,10 @@ func measureForward(ctx context.Context, o options, dir string, out io.Writer) e
 		return err
 	}
 	defer c.stop()
-	self, err := os.Executable()
-	if err != nil {
+	if err := c.runBackend(ctx); err != nil {
 		return err
 	}
-	target, err := c.run(ctx, backendName, v1.TargetSpec{
-		Process: &v1.ProcessSource{Command: []string{self, "role-backend"}, Args: []string{"--listen=127.0.0.1:$(AASERVER_PORT_DATA)"}},
-		Ports:   []v1.TargetPort{{Name: "data", Port: backendPort}},
-	})
-	if err != nil {
-		return err
-	}
-	backend := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(target.Status.Instances[0].Ports[0].HostPort)))
+	backend := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(c.backend.Status.Instances[0].Ports[0].HostPort)))
 
 	var forwards []*forward
 	var started []*process

@@ -2,10 +2,13 @@
 
 // Command bench measures our server beside its peers, each figure beside the
 // peer's in one run, and prints tables in Markdown. Its arguments are the parts
-// to measure, all of them if there are none:
+// to measure, all of them if there are none but the last:
 //
 //	api      the API at scale, beside k8s.io/sample-apiserver
 //	forward  port-forwards, beside client-go's, bare TLS relays and ssh -L
+//	latency  the first bytes of execs and port-forwards, beside a bare GET
+//	soak     every kind of session for ten minutes: what the server occupies
+//	         after that, beside before. Only if it is asked for
 //
 // What is compared is measured by turns, round by round: what disturbs the
 // machine then disturbs all. A figure is the median of the rounds, a ratio the
@@ -62,6 +65,7 @@ func main() {
 	flag.IntVar(&o.size.reads, "reads", 2000, "how many objects are got in a round")
 	flag.IntVar(&o.size.events, "events", 200, "how many updates the watchers see in a round")
 	flag.StringVar(&o.profiles, "profiles", "", "a directory for a CPU profile of each operation of each server, taken after the rounds, and heap profiles")
+	flag.DurationVar(&o.soak, "soak", 10*time.Minute, "how long the part soak uses the server")
 	flag.Parse()
 	if err := o.run(ctx, os.Stdout); err != nil {
 		if ctx.Err() != nil {
@@ -77,7 +81,11 @@ type options struct {
 	rounds, objects int
 	size            sizes
 	profiles        string
+	soak            time.Duration
 }
+
+// soakPart is measured only if it is named.
+const soakPart = "soak"
 
 // part measures something, and prints it. dir is for what it stores.
 type part struct {
@@ -89,6 +97,8 @@ type part struct {
 var parts = []part{
 	{"api", measureAPI},
 	{"forward", measureForward},
+	{"latency", measureLatency},
+	{soakPart, measureSoak},
 }
 
 func (o *options) validate(chosen []string) error {
@@ -100,6 +110,8 @@ func (o *options) validate(chosen []string) error {
 	switch {
 	case o.rounds < 1 || o.objects < 1 || o.size.writes < 1 || o.size.reads < 1 || o.size.events < 1:
 		return errors.New("every number must be at least 1")
+	case o.soak <= 0:
+		return errors.New("-soak must be longer than nothing")
 	case o.size.events > o.objects:
 		return errors.New("-events can't be more than -objects")
 	}
@@ -144,7 +156,8 @@ func (o *options) run(ctx context.Context, out io.Writer) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	for _, p := range parts {
-		if len(chosen) > 0 && !slices.Contains(chosen, p.name) {
+		wanted := slices.Contains(chosen, p.name) || len(chosen) == 0 && p.name != soakPart
+		if !wanted {
 			continue
 		}
 		own := filepath.Join(dir, p.name)
