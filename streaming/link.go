@@ -41,6 +41,10 @@ type link struct {
 	parent context.Context // the request's
 	start  time.Time
 
+	// departed is the error of a peer that has gone: ErrClientGone, or
+	// ErrServerGone at the client's end of a mux session.
+	departed error
+
 	conn net.Conn     // as hijacked
 	raw  net.Conn     // conn without TLS, whose Close can wait for the peer
 	tcp  *net.TCPConn // the same, nil if it is no TCP connection
@@ -70,7 +74,7 @@ type link struct {
 }
 
 func newLink(r *http.Request, opts Options, protocol string) *link {
-	l := &link{opts: opts, parent: r.Context(), start: time.Now()}
+	l := &link{opts: opts, parent: r.Context(), start: time.Now(), departed: ErrClientGone}
 	l.ctx, l.cancel = context.WithCancelCause(context.WithValue(r.Context(), protocolKey{}, protocol))
 	return l
 }
@@ -141,7 +145,7 @@ func (l *link) write(head, body []byte) error {
 		buffers.Put(buf)
 	}
 	if err != nil {
-		l.fail(fmt.Errorf("%w: %w", ErrClientGone, err))
+		l.fail(fmt.Errorf("%w: %w", l.departed, err))
 		return context.Cause(l.ctx)
 	}
 	ended := l.now()
@@ -165,7 +169,7 @@ func (l *link) fail(cause error) {
 // request's context has ended it can still be told so.
 func (l *link) over() error {
 	if l.ctx.Err() != nil {
-		if cause := context.Cause(l.ctx); errors.Is(cause, ErrClientGone) || errors.Is(cause, ErrPeerTimeout) {
+		if cause := context.Cause(l.ctx); errors.Is(cause, l.departed) || errors.Is(cause, ErrPeerTimeout) {
 			return cause
 		}
 	}
@@ -176,13 +180,13 @@ func (l *link) over() error {
 // cause of its end.
 func (l *link) gone(err error) error {
 	switch {
-	case errors.Is(err, ErrProtocol), errors.Is(err, ErrClientGone):
+	case errors.Is(err, ErrProtocol), errors.Is(err, l.departed):
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		err = ErrClientGone
+		err = l.departed
 	default:
-		err = fmt.Errorf("%w: %w", ErrClientGone, err)
+		err = fmt.Errorf("%w: %w", l.departed, err)
 	}
-	if l.ctx.Err() == nil && errors.Is(err, ErrClientGone) {
+	if l.ctx.Err() == nil && errors.Is(err, l.departed) {
 		l.fail(err) // nothing more is owed to it
 	}
 	l.cancel(err)

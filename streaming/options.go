@@ -53,8 +53,20 @@ type Options struct {
 
 	// MaxForwards bounds the connections that are open at a time in one
 	// port-forward session, those whose streams aren't complete yet included;
-	// 0 is 256. Each may have 1 MiB that its port hasn't read.
+	// 0 is 256. Each may have 1 MiB that its port hasn't read; over the mux
+	// protocol 256 KiB, and more within MaxWindows.
 	MaxForwards int
+
+	// MaxWindows bounds, in bytes, by how much the windows of the connections
+	// of one mux session may grow in all, beyond 256 KiB for each; 0 is 32 MiB.
+	// That is what it takes to fill a fast and long way; memory is taken only
+	// for what a port hasn't read.
+	MaxWindows int64
+
+	// IdleDatagrams is for how long nothing may pass over a forwarded "udp"
+	// connection, either way, before it is closed; 0 is 2 minutes, the least
+	// that RFC 4787 asks of NATs.
+	IdleDatagrams time.Duration
 
 	// closeGrace is how long what was already under way may take to be written
 	// once the session's context has ended; 0 is 5 s. Tests shorten it.
@@ -84,6 +96,9 @@ func (o Options) withDefaults() Options {
 	if o.MaxForwards <= 0 {
 		o.MaxForwards = 256
 	}
+	if o.IdleDatagrams <= 0 {
+		o.IdleDatagrams = 2 * time.Minute
+	}
 	if o.closeGrace <= 0 {
 		o.closeGrace = 5 * time.Second
 	}
@@ -101,22 +116,25 @@ func sameOrigin(r *http.Request) bool {
 
 // What can end a session, besides its own callback and the request's context.
 // It is the cause of the callback's context, and what Serve* returns, possibly
-// wrapped.
+// wrapped; or what MuxClient.Err does.
 var (
 	// ErrClientGone: the client closed its connection, or the connection
 	// broke.
 	ErrClientGone = errors.New("the client has gone")
-	// ErrPeerTimeout: the client gave no sign of life for Options.PeerTimeout,
-	// or took nothing for Options.StallTimeout.
-	ErrPeerTimeout = errors.New("the client no longer answers")
+	// ErrServerGone: the same of the server, at the client's end of a mux
+	// session.
+	ErrServerGone = errors.New("the server has closed the connection")
+	// ErrPeerTimeout: the other end gave no sign of life for
+	// Options.PeerTimeout, or took nothing for Options.StallTimeout.
+	ErrPeerTimeout = errors.New("the other end no longer answers")
 	// ErrSetupTimeout: the client didn't create the streams it promised within
 	// Options.SetupTimeout.
 	ErrSetupTimeout = errors.New("the client did not create its streams in time")
-	// ErrProtocol: the client broke the protocol.
-	ErrProtocol = errors.New("the client broke the protocol")
-	// ErrStreamReset: the client gave up one of its streams. It ends that
-	// stream alone.
-	ErrStreamReset = errors.New("the client reset the stream")
+	// ErrProtocol: the other end broke the protocol.
+	ErrProtocol = errors.New("the other end broke the protocol")
+	// ErrStreamReset: the other end gave up one stream. It ends that stream
+	// alone.
+	ErrStreamReset = errors.New("the stream was reset")
 )
 
 // ExitError is how the callback of ServeCommand reports an exit code other

@@ -32,7 +32,8 @@ type PortStream interface {
 
 // PortForwardRequest says what the client asked for.
 type PortForwardRequest struct {
-	// Ports, if there are any, are the only ones that may be dialled. The
+	// Ports, if there are any, are the only ones that may be dialled, by TCP or
+	// UDP; then there are no unix sockets and no reverse forwards, either. The
 	// legacy WebSocket protocol needs them: it forwards one connection to each.
 	Ports []uint16
 }
@@ -75,9 +76,10 @@ type PortListener interface {
 	Close() error
 }
 
-// The subprotocols of port-forwarding over WebSocket: the tunnel, and the
-// legacy form.
+// The subprotocols of port-forwarding over WebSocket: our own, the tunnel, and
+// the legacy form.
 var portForwardSubprotocols = []string{
+	MuxProtocol,
 	portforward.WebsocketsSPDYTunnelingPortForwardV1,
 	"v4.channel.k8s.io", "v4.base64.channel.k8s.io", "",
 }
@@ -109,13 +111,17 @@ func ServePortForward(w http.ResponseWriter, r *http.Request, req PortForwardReq
 		return refuse(w, err)
 	}
 	tunnel := subprotocol == portforward.WebsocketsSPDYTunnelingPortForwardV1
-	if !tunnel && (len(req.Ports) == 0 || len(req.Ports) > min(maxLegacyPorts, opts.MaxForwards)) {
+	mux := subprotocol == MuxProtocol
+	if !tunnel && !mux && (len(req.Ports) == 0 || len(req.Ports) > min(maxLegacyPorts, opts.MaxForwards)) {
 		return refuse(w, httpErrorf(http.StatusBadRequest, metav1.StatusReasonBadRequest,
 			"this WebSocket protocol needs 1 to %d ports in the query: ports=80", min(maxLegacyPorts, opts.MaxForwards)))
 	}
 	ws, err := upgradeWebSocket(w, r, opts, subprotocol)
 	if err != nil {
 		return err
+	}
+	if mux {
+		return f.serveMux(ws)
 	}
 	if tunnel {
 		return f.serve(tunnelSPDY(ws))
