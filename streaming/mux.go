@@ -493,8 +493,8 @@ func (c *muxConn) pong(value uint32) {
 	}
 	now := c.now()
 	rtt, sample := c.rtt.Load(), max(now-at, 1)
-	if rtt != 0 && sample > rtt { // the way to the peer may have been full
-		sample = rtt + (sample-rtt)/8
+	if rtt != 0 {
+		sample = (rtt + sample) / 2
 	}
 	c.rtt.Store(sample)
 	c.rttAt.Store(now)
@@ -621,9 +621,9 @@ func (c consumer) Write(p []byte) (int, error) {
 }
 
 // consumed notes that n bytes were read, and tells the peer if they are many.
-// If the peer had to wait for that, or would have if it were any faster, the
-// window grows: it is too small if less than twice of what is read in the time
-// of a round trip.
+// If the peer had to wait for that, or would have if it were much faster, the
+// window grows: it should be some times of what is read in the time of a round
+// trip, as both vary.
 func (s *MuxStream) consumed(n int) {
 	if n == 0 {
 		return
@@ -638,7 +638,7 @@ func (s *MuxStream) consumed(n int) {
 	delta, elapsed := s.taken, max(now-s.since, 1)
 	rtt := s.conn.rtt.Load()
 	// In floats, as the products are large.
-	if s.window < muxMaxWindow && 2*float64(delta)*float64(rtt) > float64(s.window)*float64(elapsed) {
+	if s.window < muxMaxWindow && 8*float64(delta)*float64(rtt) > float64(s.window)*float64(elapsed) {
 		more := s.conn.grow(min(s.window, muxMaxWindow-s.window))
 		s.window += more
 		delta += more
