@@ -39,7 +39,9 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/go-logr/logr"
 	kruntime "k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/klog/v2"
 )
 
 func main() {
@@ -52,6 +54,8 @@ func main() {
 			return
 		}
 	}
+	// client-go logs what its callers are told, too.
+	klog.SetLogger(logr.Discard())
 	// What is started here ends with this thread.
 	runtime.LockOSThread()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

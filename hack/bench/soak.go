@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime"
 	"sync/atomic"
 	"time"
@@ -106,11 +107,18 @@ func measureSoak(ctx context.Context, o options, dir string, out io.Writer) erro
 	}
 	s.done = make([]atomic.Int64, len(s.users))
 
+	// It has to have written them.
+	if err := c.server.wait(ctx, func(ctx context.Context) error { return s.lastLines(ctx, 0) }); err != nil {
+		return err
+	}
 	if err := s.use(ctx, soakWarm); err != nil {
 		return err
 	}
 	before, err := s.settled(ctx, nil)
 	if err != nil {
+		return err
+	}
+	if err := s.keepHeap(ctx, o.profiles, "before"); err != nil {
 		return err
 	}
 	began := time.Now()
@@ -123,6 +131,9 @@ func measureSoak(ctx context.Context, o options, dir string, out io.Writer) erro
 		return err
 	}
 	after, missed := s.settled(ctx, &before)
+	if err := s.keepHeap(ctx, o.profiles, "after"); err != nil {
+		return err
+	}
 
 	fmt.Fprintf(out, "## Soak\n\n%d cores, %s. %d users at a time for %s after a warm-up of %s.\n\n", runtime.NumCPU(), runtime.Version(), soakUsers, took.Round(time.Second), soakWarm)
 	rows := [][]string{{"what they did", "times"}}
@@ -145,6 +156,21 @@ func measureSoak(ctx context.Context, o options, dir string, out io.Writer) erro
 	}
 	table(out, rows)
 	return missed
+}
+
+// keepHeap stores a profile of the heap, if profiles are wanted.
+func (s *soak) keepHeap(ctx context.Context, dir, when string) error {
+	if dir == "" {
+		return nil
+	}
+	heap, err := s.server.client.do(ctx, request{path: "/debug/pprof/heap?gc=1"})
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "soak-heap-"+when+".pb.gz"), heap, 0o644)
 }
 
 // use has users do everything by turns.
