@@ -41,8 +41,10 @@ type AddressPolicy struct {
 
 // PortPolicy says which ports may be forwarded.
 type PortPolicy struct {
-	Allowed  []PortRange
-	Unlisted bool
+	Allowed     []PortRange
+	Unlisted    bool
+	UnixSockets []string
+	Reverse     []PortRange
 }
 
 // PortRange is a port, or a range of them.

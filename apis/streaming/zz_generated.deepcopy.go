@@ -269,6 +269,16 @@ func (in *PortPolicy) DeepCopyInto(out *PortPolicy) {
 		*out = make([]PortRange, len(*in))
 		copy(*out, *in)
 	}
+	if in.UnixSockets != nil {
+		in, out := &in.UnixSockets, &out.UnixSockets
+		*out = make([]string, len(*in))
+		copy(*out, *in)
+	}
+	if in.Reverse != nil {
+		in, out := &in.Reverse, &out.Reverse
+		*out = make([]PortRange, len(*in))
+		copy(*out, *in)
+	}
 	return
 }
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -257,6 +258,67 @@ func AllowPort(class *v1.TargetClass, target *v1.Target, port uint16, protocol v
 		port, protocolOf(protocol), list(open))
 }
 
+// IsSocketPath says whether a path may name a unix socket: it is absolute, is
+// written in the one way that there is without links, and names something below
+// the root.
+func IsSocketPath(name string) bool {
+	return path.IsAbs(name) && path.Clean(name) == name && name != "/" && !strings.ContainsRune(name, 0)
+}
+
+// AllowSocket returns nil if clients may connect to a unix socket of an
+// instance's host, and else a *DeniedError that says to which they may. It
+// judges the path as it is written: whoever connects follows no links.
+func AllowSocket(class *v1.TargetClass, name string) error {
+	if class == nil {
+		return errNoClass
+	}
+	allowed := class.Spec.Ports.UnixSockets
+	if IsSocketPath(name) && slices.ContainsFunc(allowed, func(entry string) bool {
+		if entry == name {
+			return true
+		}
+		below, ok := strings.CutSuffix(entry, "/")
+		return ok && (below == "" || IsSocketPath(below)) && strings.HasPrefix(name, entry)
+	}) {
+		return nil
+	}
+	return deny(class.Name, "does not allow connections to the unix socket %s; it allows: %s; whoever may change the class can add the path to spec.ports.unixSockets",
+		strconv.Quote(clip(name, maxItemBytes)), list(allowed))
+}
+
+// AllowReverse returns the TCP ports of which clients may have one listened to
+// on the loopback address of an instance's host: port itself or, if that is 0,
+// all that the class allows. It fails with a *DeniedError, which says what is
+// allowed.
+func AllowReverse(class *v1.TargetClass, port uint16) ([]v1.PortRange, error) {
+	if class == nil {
+		return nil, errNoClass
+	}
+	var allowed []v1.PortRange
+	for _, r := range class.Spec.Ports.Reverse {
+		first, last, ok := bounds(r)
+		if !ok || protocolOf(r.Protocol) != v1.ProtocolTCP {
+			continue
+		}
+		if n := int32(port); first <= n && n <= last {
+			return []v1.PortRange{{Port: n, EndPort: n, Protocol: v1.ProtocolTCP}}, nil
+		}
+		allowed = append(allowed, v1.PortRange{Port: first, EndPort: last, Protocol: v1.ProtocolTCP})
+	}
+	if port == 0 && len(allowed) > 0 {
+		return allowed, nil
+	}
+	what := "that any port is listened to"
+	if port != 0 {
+		what = fmt.Sprintf("that port %d is listened to", port)
+	}
+	text := "none"
+	if len(allowed) > 0 {
+		text = portsText(allowed)
+	}
+	return nil, deny(class.Name, "does not allow %s for a reverse forward; it allows the ports: %s; whoever may change the class can add the port to spec.ports.reverse", what, text)
+}
+
 // mayList says whether a port is one of those that a class lets targets list
 // and clients forward.
 func mayList(policy *v1.PortPolicy, port int32, protocol v1.Protocol) bool {
@@ -265,12 +327,18 @@ func mayList(policy *v1.PortPolicy, port int32, protocol v1.Protocol) bool {
 		return false
 	}
 	return len(policy.Allowed) == 0 || slices.ContainsFunc(policy.Allowed, func(r v1.PortRange) bool {
-		last := r.EndPort
-		if last == 0 {
-			last = r.Port
-		}
-		return r.Port >= 1 && last <= maxPort && r.Port <= port && port <= last && protocolOf(r.Protocol) == protocol
+		first, last, ok := bounds(r)
+		return ok && first <= port && port <= last && protocolOf(r.Protocol) == protocol
 	})
+}
+
+// bounds returns the first and the last port of a range, and whether it is one.
+func bounds(r v1.PortRange) (first, last int32, ok bool) {
+	last = r.EndPort
+	if last == 0 {
+		last = r.Port
+	}
+	return r.Port, last, r.Port >= 1 && r.Port <= last && last <= maxPort
 }
 
 func protocolOf(p v1.Protocol) v1.Protocol {

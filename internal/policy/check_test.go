@@ -265,6 +265,8 @@ func big() (*v1.TargetClass, *v1.Target) {
 		class.Spec.Addresses.Allow = append(class.Spec.Addresses.Allow, fmt.Sprintf("2001:db8:1234:5678:9abc:%x::/96", i+0x1000))
 		class.Spec.Addresses.Deny = append(class.Spec.Addresses.Deny, fmt.Sprintf("2001:db8:8765:4321:9abc:%x::/96", i+0x1000))
 		class.Spec.Ports.Allowed = append(class.Spec.Ports.Allowed, v1.PortRange{Port: 10000, EndPort: 20000})
+		class.Spec.Ports.UnixSockets = append(class.Spec.Ports.UnixSockets, "/run/"+long)
+		class.Spec.Ports.Reverse = append(class.Spec.Ports.Reverse, v1.PortRange{Port: 10000, EndPort: 20000})
 		target.SSH.Endpoints = append(target.SSH.Endpoints, v1.Endpoint{Name: fmt.Sprintf("e%d", i), Host: fmt.Sprintf("2001:db8:1111:2222:3333:4444:5555:%x", i+0x1000), Port: 22})
 	}
 	for i := range 64 {
@@ -278,11 +280,14 @@ func TestMessagesAreBounded(t *testing.T) {
 	messages := map[string]string{
 		"port that isn't allowed": AllowPort(class, target, 22, v1.ProtocolTCP).Error(),
 		"address":                 NewAddresses(class, nil).Allows(netip.MustParseAddr("::1%" + strings.Repeat("z", 4000))).Error(),
+		"unix socket":             AllowSocket(class, "/"+strings.Repeat("ü\x01", 1000)).Error(),
 	}
+	_, err := AllowReverse(class, 80)
+	messages["reverse forward"] = err.Error()
 	for i, err := range Check(class, target, CheckOptions{}) {
 		messages[fmt.Sprintf("error %d of Check", i)] = err.Detail
 	}
-	if want := maxErrors + 2; len(messages) != want {
+	if want := maxErrors + 4; len(messages) != want {
 		t.Errorf("%d messages, want %d", len(messages), want)
 	}
 	class.Spec.Ports.Allowed = nil
@@ -355,6 +360,98 @@ func TestAllowPort(t *testing.T) {
 	}
 	t.Run("without a class every port is closed", func(t *testing.T) {
 		assertDenied(t, AllowPort(nil, target, 80, v1.ProtocolTCP), "")
+	})
+}
+
+func TestAllowSocket(t *testing.T) {
+	const run = `class "standard" does not allow connections to the unix socket %s; it allows: /run/app.sock, /srv/web/; ` +
+		"whoever may change the class can add the path to spec.ports.unixSockets"
+	usual := []string{"/run/app.sock", "/srv/web/"}
+	for name, tt := range map[string]struct {
+		allowed []string
+		path    string
+		want    string
+	}{
+		"a path that is listed":                          {usual, "/run/app.sock", ""},
+		"a path below a directory that is":               {usual, "/srv/web/a", ""},
+		"one far below it":                               {usual, "/srv/web/a/b/c.sock", ""},
+		"everything, where the root is listed":           {[]string{"/"}, "/run/docker.sock", ""},
+		"another path":                                   {usual, "/run/docker.sock", fmt.Sprintf(run, `"/run/docker.sock"`)},
+		"one that begins like it":                        {usual, "/run/app.sock2", fmt.Sprintf(run, `"/run/app.sock2"`)},
+		"one below a socket":                             {usual, "/run/app.sock/x", fmt.Sprintf(run, `"/run/app.sock/x"`)},
+		"a directory itself":                             {usual, "/srv/web", fmt.Sprintf(run, `"/srv/web"`)},
+		"a directory with its slash":                     {usual, "/srv/web/", fmt.Sprintf(run, `"/srv/web/"`)},
+		"a neighbour of a directory":                     {usual, "/srv/web2/a", fmt.Sprintf(run, `"/srv/web2/a"`)},
+		"a way out of a directory":                       {usual, "/srv/web/../../run/docker.sock", fmt.Sprintf(run, `"/srv/web/../../run/docker.sock"`)},
+		"a way out that goes nowhere":                    {usual, "/srv/web/./a", fmt.Sprintf(run, `"/srv/web/./a"`)},
+		"needless slashes":                               {usual, "/srv/web//a", fmt.Sprintf(run, `"/srv/web//a"`)},
+		"a path that isn't absolute":                     {[]string{"/", "app.sock"}, "app.sock", `class "standard" does not allow connections to the unix socket "app.sock"; it allows: /, app.sock; whoever may change the class can add the path to spec.ports.unixSockets`},
+		"an abstract socket":                             {[]string{"/"}, "@app", `class "standard" does not allow connections to the unix socket "@app"; it allows: /; whoever may change the class can add the path to spec.ports.unixSockets`},
+		"a path with a NUL, after which another may end": {usual, "/srv/web/a\x00b", fmt.Sprintf(run, `"/srv/web/a\x00b"`)},
+		"the root":                                       {[]string{"/"}, "/", `class "standard" does not allow connections to the unix socket "/"; it allows: /; whoever may change the class can add the path to spec.ports.unixSockets`},
+		"no path":                                        {usual, "", fmt.Sprintf(run, `""`)},
+		"where nothing is allowed":                       {nil, "/run/app.sock", `class "standard" does not allow connections to the unix socket "/run/app.sock"; it allows: none; whoever may change the class can add the path to spec.ports.unixSockets`},
+		"what a stored class says in another way":        {[]string{"/srv//web/", "/srv/../run/", "run/"}, "/run/app.sock", `class "standard" does not allow connections to the unix socket "/run/app.sock"; it allows: /srv//web/, /srv/../run/, run/; whoever may change the class can add the path to spec.ports.unixSockets`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := ""
+			if err := AllowSocket(classOf(v1.TargetClassSpec{Ports: v1.PortPolicy{UnixSockets: tt.allowed}}), tt.path); err != nil {
+				got = err.Error()
+				assertDenied(t, err, "standard")
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("error (-want +got):\n%s", diff)
+			}
+		})
+	}
+	t.Run("without a class", func(t *testing.T) { assertDenied(t, AllowSocket(nil, "/run/app.sock"), "") })
+}
+
+func TestAllowReverse(t *testing.T) {
+	usual := []v1.PortRange{{Port: 9000}, {Port: 9100, EndPort: 9199, Protocol: v1.ProtocolTCP}}
+	tcp := func(first, last int32) v1.PortRange {
+		return v1.PortRange{Port: first, EndPort: last, Protocol: v1.ProtocolTCP}
+	}
+	const allows = "it allows the ports: 9000 TCP, 9100-9199 TCP; whoever may change the class can add the port to spec.ports.reverse"
+	const nothing = "it allows the ports: none; whoever may change the class can add the port to spec.ports.reverse"
+	for name, tt := range map[string]struct {
+		allowed []v1.PortRange
+		port    uint16
+		want    []v1.PortRange
+		wantErr string
+	}{
+		"a port that is listed":       {usual, 9000, []v1.PortRange{tcp(9000, 9000)}, ""},
+		"one in a range":              {usual, 9199, []v1.PortRange{tcp(9199, 9199)}, ""},
+		"any port is one that may be": {usual, 0, []v1.PortRange{tcp(9000, 9000), tcp(9100, 9199)}, ""},
+		"another port": {usual, 9001, nil,
+			`class "standard" does not allow that port 9001 is listened to for a reverse forward; ` + allows},
+		"any port, where there is none": {nil, 0, nil,
+			`class "standard" does not allow that any port is listened to for a reverse forward; ` + nothing},
+		"a port, where there is none": {nil, 9000, nil,
+			`class "standard" does not allow that port 9000 is listened to for a reverse forward; ` + nothing},
+		"what a stored class says that makes no sense": {
+			[]v1.PortRange{{Port: 53, Protocol: v1.ProtocolUDP}, {Port: 0, EndPort: 9}, {Port: 9000, EndPort: 65536}, {Port: 9001, EndPort: 9000}}, 0, nil,
+			`class "standard" does not allow that any port is listened to for a reverse forward; ` + nothing},
+	} {
+		t.Run(name, func(t *testing.T) {
+			class := classOf(v1.TargetClassSpec{Ports: v1.PortPolicy{Reverse: tt.allowed}})
+			got, err := AllowReverse(class, tt.port)
+			text := ""
+			if err != nil {
+				text = err.Error()
+				assertDenied(t, err, "standard")
+			}
+			if diff := cmp.Diff(tt.wantErr, text); diff != "" {
+				t.Errorf("error (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("ports (-want +got):\n%s", diff)
+			}
+		})
+	}
+	t.Run("without a class", func(t *testing.T) {
+		_, err := AllowReverse(nil, 9000)
+		assertDenied(t, err, "")
 	})
 }
 

@@ -440,7 +440,11 @@ func createDefaultClass(ctx context.Context, config *rest.Config) error {
 				"0.0.0.0/0", "::/0", // and, since these alone don't open them:
 				"127.0.0.0/8", "::1/128", "169.254.0.0/16", "fe80::/10",
 			}},
-			Ports: v1.PortPolicy{Unlisted: true},
+			Ports: v1.PortPolicy{
+				Unlisted:    true,
+				UnixSockets: []string{"/"},
+				Reverse:     []v1.PortRange{{Port: 1, EndPort: 65535}},
+			},
 		},
 	}, metav1.CreateOptions{FieldManager: "aaserver"})
 	if err != nil {

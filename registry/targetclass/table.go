@@ -25,7 +25,7 @@ var columns = []metav1.TableColumnDefinition{
 	{Name: "Agents", Type: "string", Description: "The agents that targets may name."},
 	{Name: "Age", Type: "string", Description: metav1.ObjectMeta{}.SwaggerDoc()["creationTimestamp"]},
 	{Name: "Users", Type: "string", Priority: 1, Description: "The users that may be run as; <agent> is the agent's own."},
-	{Name: "Ports", Type: "string", Priority: 1, Description: "The ports that may be forwarded: those that targets list, unless unlisted ones may be, too."},
+	{Name: "Ports", Type: "string", Priority: 1, Description: "The ports that may be forwarded: those that targets list, unless unlisted ones may be, too; and whether unix sockets may be, and reverse forwards made."},
 }
 
 // ConvertToTable implements rest.TableConvertor.
@@ -54,7 +54,7 @@ func cells(class *api.TargetClass) []any {
 	}
 }
 
-// portsOf prints ports as `8000-8999,53/UDP,unlisted`.
+// portsOf prints ports as `8000-8999,53/UDP,unlisted,sockets,reverse`.
 func portsOf(ports *api.PortPolicy) string {
 	var list []string
 	for _, r := range ports.Allowed {
@@ -72,6 +72,12 @@ func portsOf(ports *api.PortPolicy) string {
 	}
 	if ports.Unlisted {
 		list = append(list, "unlisted")
+	}
+	if len(ports.UnixSockets) > 0 {
+		list = append(list, "sockets")
+	}
+	if len(ports.Reverse) > 0 {
+		list = append(list, "reverse")
 	}
 	return listed(list)
 }

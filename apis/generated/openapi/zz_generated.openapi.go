@@ -687,7 +687,7 @@ func schema_aaserver_apis_streaming_v1_PortPolicy(ref common.ReferenceCallback) 
 	return common.OpenAPIDefinition{
 		Schema: spec.Schema{
 			SchemaProps: spec.SchemaProps{
-				Description: "PortPolicy says which ports may be forwarded. A port is what the client asks for: of a hosted process, its port in the target's spec.",
+				Description: "PortPolicy says which ports may be forwarded, and what else a port-forward may lead to. A port is what the client asks for: of a hosted process, its port in the target's spec.",
 				Type:        []string{"object"},
 				Properties: map[string]spec.Schema{
 					"allowed": {
@@ -713,6 +713,43 @@ func schema_aaserver_apis_streaming_v1_PortPolicy(ref common.ReferenceCallback) 
 							Description: "unlisted lets ports be forwarded that the target's spec doesn't list: of a hosted process, every port of its host.",
 							Type:        []string{"boolean"},
 							Format:      "",
+						},
+					},
+					"unixSockets": {
+						VendorExtensible: spec.VendorExtensible{
+							Extensions: spec.Extensions{
+								"x-kubernetes-list-type": "set",
+							},
+						},
+						SchemaProps: spec.SchemaProps{
+							Description: "unixSockets are the paths of unix sockets on an instance's host that clients may connect to, such as /run/app.sock; one that ends in / stands for everything below it; 256 at most. Empty allows none. A path that leads over a symbolic link is refused. Of a hosted process, its agent connects, with all that its user may.",
+							Type:        []string{"array"},
+							Items: &spec.SchemaOrArray{
+								Schema: &spec.Schema{
+									SchemaProps: spec.SchemaProps{
+										Type:   []string{"string"},
+										Format: "",
+									},
+								},
+							},
+						},
+					},
+					"reverse": {
+						VendorExtensible: spec.VendorExtensible{
+							Extensions: spec.Extensions{
+								"x-kubernetes-list-type": "atomic",
+							},
+						},
+						SchemaProps: spec.SchemaProps{
+							Description: "reverse are the TCP ports that clients may have listened to on the loopback address of an instance's host, to be sent the connections that come; 256 at most. Empty allows none.",
+							Type:        []string{"array"},
+							Items: &spec.SchemaOrArray{
+								Schema: &spec.Schema{
+									SchemaProps: spec.SchemaProps{
+										Ref: ref(v1.PortRange{}.OpenAPIModelName()),
+									},
+								},
+							},
 						},
 					},
 				},

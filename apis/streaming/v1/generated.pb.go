@@ -663,6 +663,29 @@ func (m *PortPolicy) MarshalToSizedBuffer(dAtA []byte) (int, error) {
 	_ = i
 	var l int
 	_ = l
+	if len(m.Reverse) > 0 {
+		for iNdEx := len(m.Reverse) - 1; iNdEx >= 0; iNdEx-- {
+			{
+				size, err := m.Reverse[iNdEx].MarshalToSizedBuffer(dAtA[:i])
+				if err != nil {
+					return 0, err
+				}
+				i -= size
+				i = encodeVarintGenerated(dAtA, i, uint64(size))
+			}
+			i--
+			dAtA[i] = 0x22
+		}
+	}
+	if len(m.UnixSockets) > 0 {
+		for iNdEx := len(m.UnixSockets) - 1; iNdEx >= 0; iNdEx-- {
+			i -= len(m.UnixSockets[iNdEx])
+			copy(dAtA[i:], m.UnixSockets[iNdEx])
+			i = encodeVarintGenerated(dAtA, i, uint64(len(m.UnixSockets[iNdEx])))
+			i--
+			dAtA[i] = 0x1a
+		}
+	}
 	i--
 	if m.Unlisted {
 		dAtA[i] = 1
@@ -2045,6 +2068,18 @@ func (m *PortPolicy) Size() (n int) {
 		}
 	}
 	n += 2
+	if len(m.UnixSockets) > 0 {
+		for _, s := range m.UnixSockets {
+			l = len(s)
+			n += 1 + l + sovGenerated(uint64(l))
+		}
+	}
+	if len(m.Reverse) > 0 {
+		for _, e := range m.Reverse {
+			l = e.Size()
+			n += 1 + l + sovGenerated(uint64(l))
+		}
+	}
 	return n
 }
 
@@ -2636,9 +2671,16 @@ func (this *PortPolicy) String() string {
 		repeatedStringForAllowed += strings.Replace(strings.Replace(f.String(), "PortRange", "PortRange", 1), `&`, ``, 1) + ","
 	}
 	repeatedStringForAllowed += "}"
+	repeatedStringForReverse := "[]PortRange{"
+	for _, f := range this.Reverse {
+		repeatedStringForReverse += strings.Replace(strings.Replace(f.String(), "PortRange", "PortRange", 1), `&`, ``, 1) + ","
+	}
+	repeatedStringForReverse += "}"
 	s := strings.Join([]string{`&PortPolicy{`,
 		`Allowed:` + repeatedStringForAllowed + `,`,
 		`Unlisted:` + fmt.Sprintf("%v", this.Unlisted) + `,`,
+		`UnixSockets:` + fmt.Sprintf("%v", this.UnixSockets) + `,`,
+		`Reverse:` + repeatedStringForReverse + `,`,
 		`}`,
 	}, "")
 	return s
@@ -4779,6 +4821,72 @@ func (m *PortPolicy) Unmarshal(dAtA []byte) error {
 				}
 			}
 			m.Unlisted = bool(v != 0)
+		case 3:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field UnixSockets", wireType)
+			}
+			var stringLen uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return ErrIntOverflowGenerated
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				stringLen |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
+				return ErrInvalidLengthGenerated
+			}
+			postIndex := iNdEx + intStringLen
+			if postIndex < 0 {
+				return ErrInvalidLengthGenerated
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.UnixSockets = append(m.UnixSockets, string(dAtA[iNdEx:postIndex]))
+			iNdEx = postIndex
+		case 4:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Reverse", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return ErrIntOverflowGenerated
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return ErrInvalidLengthGenerated
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return ErrInvalidLengthGenerated
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Reverse = append(m.Reverse, PortRange{})
+			if err := m.Reverse[len(m.Reverse)-1].Unmarshal(dAtA[iNdEx:postIndex]); err != nil {
+				return err
+			}
+			iNdEx = postIndex
 		default:
 			iNdEx = preIndex
 			skippy, err := skipGenerated(dAtA[iNdEx:])

@@ -130,8 +130,9 @@ type AddressPolicy struct {
 	Deny []string `json:"deny,omitempty" protobuf:"bytes,2,rep,name=deny"`
 }
 
-// PortPolicy says which ports may be forwarded. A port is what the client asks
-// for: of a hosted process, its port in the target's spec.
+// PortPolicy says which ports may be forwarded, and what else a port-forward may
+// lead to. A port is what the client asks for: of a hosted process, its port in
+// the target's spec.
 type PortPolicy struct {
 	// allowed are the ports that targets may list and clients may forward; 256
 	// at most. Empty allows all.
@@ -146,6 +147,28 @@ type PortPolicy struct {
 	// a hosted process, every port of its host.
 	// +optional
 	Unlisted bool `json:"unlisted,omitempty" protobuf:"varint,2,opt,name=unlisted"`
+
+	// unixSockets are the paths of unix sockets on an instance's host that
+	// clients may connect to, such as /run/app.sock; one that ends in / stands
+	// for everything below it; 256 at most. Empty allows none. A path that leads
+	// over a symbolic link is refused. Of a hosted process, its agent connects,
+	// with all that its user may.
+	// +optional
+	// +listType=set
+	// +k8s:optional
+	// +k8s:listType=set
+	// +k8s:maxItems=256
+	UnixSockets []string `json:"unixSockets,omitempty" protobuf:"bytes,3,rep,name=unixSockets"`
+
+	// reverse are the TCP ports that clients may have listened to on the
+	// loopback address of an instance's host, to be sent the connections that
+	// come; 256 at most. Empty allows none.
+	// +optional
+	// +listType=atomic
+	// +k8s:optional
+	// +k8s:listType=atomic
+	// +k8s:maxItems=256
+	Reverse []PortRange `json:"reverse,omitempty" protobuf:"bytes,4,rep,name=reverse"`
 }
 
 // PortRange is a port, or a range of them.

@@ -56,6 +56,10 @@ func SetObjectDefaults_TargetClass(in *TargetClass) {
 		a := &in.Spec.Ports.Allowed[i]
 		SetDefaults_PortRange(a)
 	}
+	for i := range in.Spec.Ports.Reverse {
+		a := &in.Spec.Ports.Reverse[i]
+		SetDefaults_PortRange(a)
+	}
 }
 
 func SetObjectDefaults_TargetClassList(in *TargetClassList) {

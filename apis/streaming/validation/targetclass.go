@@ -54,7 +54,9 @@ func validateClassSpec(spec *api.TargetClassSpec, p *field.Path) field.ErrorList
 	})...)
 	errs = append(errs, validateEach(spec.Addresses.Allow, p.Child("addresses", "allow"), validateCIDR)...)
 	errs = append(errs, validateEach(spec.Addresses.Deny, p.Child("addresses", "deny"), validateCIDR)...)
-	return append(errs, validateEach(spec.Ports.Allowed, p.Child("ports", "allowed"), validatePortRange)...)
+	errs = append(errs, validateEach(spec.Ports.Allowed, p.Child("ports", "allowed"), validatePortRange)...)
+	errs = append(errs, validateEach(spec.Ports.UnixSockets, p.Child("ports", "unixSockets"), validateSocketPath)...)
+	return append(errs, validateEach(spec.Ports.Reverse, p.Child("ports", "reverse"), validateReverse)...)
 }
 
 func validateEach[T any](items []T, p *field.Path, check func(*field.Path, T) field.ErrorList) field.ErrorList {
@@ -93,4 +95,28 @@ func validatePortRange(p *field.Path, ports api.PortRange) field.ErrorList {
 		return field.ErrorList{field.Invalid(p.Child("endPort"), ports.EndPort, fmt.Sprintf("must not be less than `port` (%d)", ports.Port))}
 	}
 	return nil
+}
+
+// validateSocketPath takes a path, or a directory by a slash at its end.
+func validateSocketPath(p *field.Path, entry string) field.ErrorList {
+	switch entry {
+	case "":
+		return field.ErrorList{field.Required(p, "")}
+	case "/":
+		return nil
+	}
+	if directory := strings.TrimSuffix(entry, "/"); directory != "/" {
+		return validateAbsolutePath(p, directory)
+	}
+	return validateAbsolutePath(p, entry)
+}
+
+// validateReverse validates ports to listen to. That a protocol is one at all
+// is said by its tag.
+func validateReverse(p *field.Path, ports api.PortRange) field.ErrorList {
+	errs := validatePortRange(p, ports)
+	if ports.Protocol == api.ProtocolUDP {
+		errs = append(errs, field.NotSupported(p.Child("protocol"), ports.Protocol, []api.Protocol{api.ProtocolTCP}))
+	}
+	return errs
 }

@@ -83,7 +83,9 @@ func TestValidateTargetClass(t *testing.T) {
 				Users:     []string{"root", "0", "www-data", `EXAMPLE\jürgen`, "*"},
 				AgentUser: true,
 				Addresses: v1.AddressPolicy{Allow: []string{"10.0.0.0/8", "::1/128", "192.0.2.1/32", "0.0.0.0/0"}, Deny: []string{"10.0.0.0/8", "fd00::/8"}},
-				Ports:     v1.PortPolicy{Allowed: []v1.PortRange{{Port: 1, EndPort: 65535, Protocol: "TCP"}, {Port: 53, Protocol: "UDP"}, {Port: 80, EndPort: 80, Protocol: "TCP"}}, Unlisted: true},
+				Ports:     v1.PortPolicy{Allowed: []v1.PortRange{{Port: 1, EndPort: 65535, Protocol: "TCP"}, {Port: 53, Protocol: "UDP"}, {Port: 80, EndPort: 80, Protocol: "TCP"}}, Unlisted: true,
+					UnixSockets: []string{"/", "/run/app.sock", "/srv/web/", "/" + strings.Repeat("ü", 2047)},
+					Reverse:     []v1.PortRange{{Port: 9000, Protocol: "TCP"}, {Port: 1, EndPort: 65535, Protocol: "TCP"}}},
 				Limits:    limits(10000, 2592000).Limits,
 			},
 		},
@@ -146,7 +148,11 @@ func TestValidateTargetClass(t *testing.T) {
 				Agents:    numbered(256, "a%d"),
 				Users:     numbered(256, "a%d"),
 				Addresses: v1.AddressPolicy{Allow: numbered(256, "10.0.%d.0/24"), Deny: numbered(256, "10.0.%d.0/24")},
-				Ports:     v1.PortPolicy{Allowed: slices.Repeat([]v1.PortRange{{Port: 1, Protocol: "TCP"}}, 256)},
+				Ports: v1.PortPolicy{
+					Allowed:     slices.Repeat([]v1.PortRange{{Port: 1, Protocol: "TCP"}}, 256),
+					UnixSockets: numbered(256, "/%d"),
+					Reverse:     slices.Repeat([]v1.PortRange{{Port: 1, Protocol: "TCP"}}, 256),
+				},
 			},
 		},
 		"257 entries are too many, and not looked at": {
@@ -155,7 +161,7 @@ func TestValidateTargetClass(t *testing.T) {
 				Agents:    numbered(257, "a_%d"),
 				Users:     numbered(257, "a %d"),
 				Addresses: v1.AddressPolicy{Allow: numbered(257, "%d"), Deny: numbered(257, "%d")},
-				Ports:     v1.PortPolicy{Allowed: make([]v1.PortRange, 257)},
+				Ports:     v1.PortPolicy{Allowed: make([]v1.PortRange, 257), UnixSockets: numbered(257, "%d"), Reverse: make([]v1.PortRange, 257)},
 			},
 			want: []string{
 				`spec.sources: Too many: 257: must have at most 256 items`,
@@ -164,6 +170,8 @@ func TestValidateTargetClass(t *testing.T) {
 				`spec.addresses.allow: Too many: 257: must have at most 256 items`,
 				`spec.addresses.deny: Too many: 257: must have at most 256 items`,
 				`spec.ports.allowed: Too many: 257: must have at most 256 items`,
+				`spec.ports.unixSockets: Too many: 257: must have at most 256 items`,
+				`spec.ports.reverse: Too many: 257: must have at most 256 items`,
 			},
 		},
 		"ports are ports": {
@@ -186,6 +194,35 @@ func TestValidateTargetClass(t *testing.T) {
 		"a range doesn't end before it begins": {
 			spec: ports(v1.PortRange{Port: 81, EndPort: 80, Protocol: "TCP"}),
 			want: []string{"spec.ports.allowed[0].endPort: Invalid value: 80: must not be less than `port` (81)"},
+		},
+		"unix sockets are absolute paths, written in one way": {
+			spec: v1.TargetClassSpec{Ports: v1.PortPolicy{UnixSockets: []string{
+				"run/app.sock", "@app", "/run/../app.sock", "/run//", "//", "/run/./app/", "/run/a\x00", "", "/" + strings.Repeat("a", 4095), "/run/app.sock", "/run/app.sock",
+			}}},
+			want: []string{
+				`spec.ports.unixSockets[0]: Invalid value: "run/app.sock": must be an absolute path`,
+				`spec.ports.unixSockets[1]: Invalid value: "@app": must be an absolute path`,
+				`spec.ports.unixSockets[2]: Invalid value: "/run/../app.sock": must be a path without '.', '..' and needless slashes ("/app.sock")`,
+				`spec.ports.unixSockets[3]: Invalid value: "/run/": must be a path without '.', '..' and needless slashes ("/run")`,
+				`spec.ports.unixSockets[4]: Invalid value: "//": must be a path without '.', '..' and needless slashes ("/")`,
+				`spec.ports.unixSockets[5]: Invalid value: "/run/./app": must be a path without '.', '..' and needless slashes ("/run/app")`,
+				`spec.ports.unixSockets[6]: Invalid value: must not contain NUL bytes`,
+				`spec.ports.unixSockets[7]: Required value`,
+				`spec.ports.unixSockets[8]: Too long: may not be more than 4095 bytes`,
+				`spec.ports.unixSockets[10]: Duplicate value: "/run/app.sock"`,
+			},
+		},
+		"reverse ports are ranges of TCP ports": {
+			spec: v1.TargetClassSpec{Ports: v1.PortPolicy{Reverse: []v1.PortRange{
+				{Port: 0, Protocol: "TCP"}, {Port: 1, EndPort: 65536, Protocol: "TCP"}, {Port: 81, EndPort: 80, Protocol: "TCP"}, {Port: 53, Protocol: "UDP"}, {Port: 1},
+			}}},
+			want: []string{
+				"spec.ports.reverse[2].endPort: Invalid value: 80: must not be less than `port` (81)",
+				`spec.ports.reverse[3].protocol: Unsupported value: "UDP": supported values: "TCP"`,
+				`spec.ports.reverse[0].port: Required value`,
+				`spec.ports.reverse[1].endPort: Invalid value: 65536: must be less than or equal to 65535`,
+				`spec.ports.reverse[4].protocol: Required value`,
+			},
 		},
 		"limits are at least 1": {
 			spec: limits(0, 0),

@@ -21,8 +21,9 @@ package v1
 // PortPolicyApplyConfiguration represents a declarative configuration of the PortPolicy type for use
 // with apply.
 //
-// PortPolicy says which ports may be forwarded. A port is what the client asks
-// for: of a hosted process, its port in the target's spec.
+// PortPolicy says which ports may be forwarded, and what else a port-forward may
+// lead to. A port is what the client asks for: of a hosted process, its port in
+// the target's spec.
 type PortPolicyApplyConfiguration struct {
 	// allowed are the ports that targets may list and clients may forward; 256
 	// at most. Empty allows all.
@@ -30,6 +31,16 @@ type PortPolicyApplyConfiguration struct {
 	// unlisted lets ports be forwarded that the target's spec doesn't list: of
 	// a hosted process, every port of its host.
 	Unlisted *bool `json:"unlisted,omitempty"`
+	// unixSockets are the paths of unix sockets on an instance's host that
+	// clients may connect to, such as /run/app.sock; one that ends in / stands
+	// for everything below it; 256 at most. Empty allows none. A path that leads
+	// over a symbolic link is refused. Of a hosted process, its agent connects,
+	// with all that its user may.
+	UnixSockets []string `json:"unixSockets,omitempty"`
+	// reverse are the TCP ports that clients may have listened to on the
+	// loopback address of an instance's host, to be sent the connections that
+	// come; 256 at most. Empty allows none.
+	Reverse []PortRangeApplyConfiguration `json:"reverse,omitempty"`
 }
 
 // PortPolicyApplyConfiguration constructs a declarative configuration of the PortPolicy type for use with
@@ -56,5 +67,28 @@ func (b *PortPolicyApplyConfiguration) WithAllowed(values ...*PortRangeApplyConf
 // If called multiple times, the Unlisted field is set to the value of the last call.
 func (b *PortPolicyApplyConfiguration) WithUnlisted(value bool) *PortPolicyApplyConfiguration {
 	b.Unlisted = &value
+	return b
+}
+
+// WithUnixSockets adds the given value to the UnixSockets field in the declarative configuration
+// and returns the receiver, so that objects can be build by chaining "With" function invocations.
+// If called multiple times, values provided by each call will be appended to the UnixSockets field.
+func (b *PortPolicyApplyConfiguration) WithUnixSockets(values ...string) *PortPolicyApplyConfiguration {
+	for i := range values {
+		b.UnixSockets = append(b.UnixSockets, values[i])
+	}
+	return b
+}
+
+// WithReverse adds the given value to the Reverse field in the declarative configuration
+// and returns the receiver, so that objects can be build by chaining "With" function invocations.
+// If called multiple times, values provided by each call will be appended to the Reverse field.
+func (b *PortPolicyApplyConfiguration) WithReverse(values ...*PortRangeApplyConfiguration) *PortPolicyApplyConfiguration {
+	for i := range values {
+		if values[i] == nil {
+			panic("nil value passed to WithReverse")
+		}
+		b.Reverse = append(b.Reverse, *values[i])
+	}
 	return b
 }
