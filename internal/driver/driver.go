@@ -47,9 +47,9 @@ type Request struct {
 type DialFunc func(ctx context.Context, network, address string) (net.Conn, error)
 
 // Conn is an open instance. What can be done with it are the optional
-// interfaces Execer, Attacher, Logger and PortDialer. Close ends what is left
-// of it, may be called twice, and is called after everything started through
-// the Conn has returned.
+// interfaces Execer, Attacher, Logger, PortDialer, SocketDialer and
+// PortListener. Close ends what is left of it, may be called twice, and is
+// called after everything started through the Conn has returned, or was closed.
 type Conn interface {
 	Close() error
 }
@@ -173,14 +173,51 @@ type LogLine struct {
 // PortDialer connects to an instance's ports.
 type PortDialer interface {
 	// DialPort connects to a port of the instance, by its number in the spec
-	// where that lists it. Whether it may be forwarded has been decided. It
-	// fails with Unavailable, saying why, if nothing answers. ctx bounds the
-	// dialling alone.
-	DialPort(ctx context.Context, port uint16) (Stream, error)
+	// where that lists it for the network, "tcp" or "udp". Whether it may be
+	// forwarded has been decided. It fails with Unavailable, saying why, if
+	// nothing answers, as far as the network tells, and with Unsupported if the
+	// driver doesn't know the network. ctx bounds the dialling alone.
+	DialPort(ctx context.Context, network string, port uint16) (Stream, error)
 }
 
-// Stream is a connection whose directions end independently. *net.TCPConn is
-// one.
+// SocketDialer connects to unix sockets of an instance's host.
+type SocketDialer interface {
+	// DialSocket connects to the stream socket at an absolute, clean path.
+	// Whether it may be connected to has been decided by that path: it fails
+	// with Invalid if the path leads over a symbolic link, which may lead to
+	// any other, or to what is no stream socket; with NotFound if there is
+	// nothing, and with Unavailable if nobody listens. The instance runs, or it
+	// fails with NotRunning. ctx bounds the dialling alone.
+	DialSocket(ctx context.Context, path string) (Stream, error)
+}
+
+// PortListener listens on an instance's host.
+type PortListener interface {
+	// ListenPort listens on a TCP port of the host's loopback addresses: the
+	// first that is free of those given, in no particular order. It never takes
+	// one that an instance has, whether that listens or not. It fails with
+	// Unavailable, saying what is in the way. The instance runs, or it fails
+	// with NotRunning; that it is started again doesn't end the listener, but
+	// its removal does. ctx bounds the call alone.
+	ListenPort(ctx context.Context, ports []v1.PortRange) (Listener, error)
+}
+
+// Listener takes connections on an instance's host.
+type Listener interface {
+	// Accept waits for the next connection. It fails once the Listener is
+	// closed, by whoever it is for or by the driver.
+	Accept() (Stream, error)
+	// Port is where it listens.
+	Port() uint16
+	// Close ends Accept, and may be called twice. Connections that were
+	// accepted go on.
+	Close() error
+}
+
+// Stream is a connection whose directions end independently. *net.TCPConn and
+// *net.UnixConn are. One of UDP keeps datagrams apart: each Read returns one,
+// cut off where the buffer ends, and each Write sends one; CloseWrite does
+// nothing to it.
 type Stream interface {
 	io.ReadWriteCloser
 	// CloseWrite ends the direction to the port; reading goes on.

@@ -83,10 +83,10 @@ func TestValidateTargetClass(t *testing.T) {
 				Users:     []string{"root", "0", "www-data", `EXAMPLE\jürgen`, "*"},
 				AgentUser: true,
 				Addresses: v1.AddressPolicy{Allow: []string{"10.0.0.0/8", "::1/128", "192.0.2.1/32", "0.0.0.0/0"}, Deny: []string{"10.0.0.0/8", "fd00::/8"}},
-				Ports:     v1.PortPolicy{Allowed: []v1.PortRange{{Port: 1, EndPort: 65535, Protocol: "TCP"}, {Port: 53, Protocol: "UDP"}, {Port: 80, EndPort: 80, Protocol: "TCP"}}, Unlisted: true,
+				Ports: v1.PortPolicy{Allowed: []v1.PortRange{{Port: 1, EndPort: 65535, Protocol: "TCP"}, {Port: 53, Protocol: "UDP"}, {Port: 80, EndPort: 80, Protocol: "TCP"}}, Unlisted: true,
 					UnixSockets: []string{"/", "/run/app.sock", "/srv/web/", "/" + strings.Repeat("ü", 2047)},
 					Reverse:     []v1.PortRange{{Port: 9000, Protocol: "TCP"}, {Port: 1, EndPort: 65535, Protocol: "TCP"}}},
-				Limits:    limits(10000, 2592000).Limits,
+				Limits: limits(10000, 2592000).Limits,
 			},
 		},
 		"sources are those there are": {

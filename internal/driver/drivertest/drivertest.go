@@ -43,6 +43,19 @@ type Harness struct {
 	// Port makes a running instance, and has EchoAfterEOF answer at its port
 	// open, and nothing at its port refused. nil if there are no ports.
 	Port func(t *testing.T) (d driver.Driver, req driver.Request, open, refused uint16)
+
+	// Datagrams makes a running instance, and has EchoDatagrams answer at its UDP
+	// port. nil if there are no such ports.
+	Datagrams func(t *testing.T) (d driver.Driver, req driver.Request, port uint16)
+
+	// Socket makes a running instance, and has EchoAfterEOF answer at the unix
+	// socket open of its host, and nobody at the unix socket refused. nil if
+	// there are no sockets.
+	Socket func(t *testing.T) (d driver.Driver, req driver.Request, open, refused string)
+
+	// Loopback connects to a port of the instance's host, on that host. nil if
+	// nothing can listen there.
+	Loopback func(t *testing.T, port uint16) net.Conn
 }
 
 // Instance is what an instance is to be.
@@ -62,6 +75,19 @@ func EchoAfterEOF(connection net.Conn) {
 	data, err := io.ReadAll(connection)
 	if err == nil {
 		connection.Write(data)
+	}
+}
+
+// EchoDatagrams sends each datagram back to whom it came from, until the
+// connection is closed.
+func EchoDatagrams(connection net.PacketConn) {
+	buf := make([]byte, 64<<10)
+	for {
+		n, from, err := connection.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		connection.WriteTo(buf[:n], from)
 	}
 }
 
@@ -87,6 +113,15 @@ func Run(t *testing.T, h Harness) {
 	t.Run("logs", func(t *testing.T) { testLogs(t, h) })
 	if h.Port != nil {
 		t.Run("port", func(t *testing.T) { testPort(t, h) })
+	}
+	if h.Datagrams != nil {
+		t.Run("datagrams", func(t *testing.T) { testDatagrams(t, h) })
+	}
+	if h.Socket != nil {
+		t.Run("socket", func(t *testing.T) { testSocket(t, h) })
+	}
+	if h.Loopback != nil {
+		t.Run("listen", func(t *testing.T) { testListen(t, h) })
 	}
 	if h.Host != nil {
 		t.Run("host", func(t *testing.T) { testHost(t, h) })

@@ -1,10 +1,8 @@
 package drivertest
 
 import (
-	"bytes"
 	"context"
 	"errors"
-	"io"
 	"testing"
 	"time"
 
@@ -13,34 +11,6 @@ import (
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
 )
-
-func testPort(t *testing.T, h Harness) {
-	d, req, opened, refused := h.Port(t)
-	dialer := open[driver.PortDialer](t, d, req)
-
-	t.Run("bytes pass, and the directions end independently", func(t *testing.T) {
-		stream, err := dialer.DialPort(bounded(t), opened)
-		if err != nil {
-			t.Fatalf("DialPort: %v", err)
-		}
-		defer stream.Close()
-		data := random(1 << 20)
-		if _, err := stream.Write(data); err != nil {
-			t.Fatalf("Write: %v", err)
-		}
-		if err := stream.CloseWrite(); err != nil {
-			t.Fatalf("CloseWrite: %v", err)
-		}
-		got, err := io.ReadAll(stream)
-		if err != nil || !bytes.Equal(got, data) {
-			t.Errorf("read %d bytes of %d: %v", len(got), len(data), err)
-		}
-	})
-	t.Run("a port where nothing listens is unavailable", func(t *testing.T) {
-		_, err := dialer.DialPort(bounded(t), refused)
-		wantKind(t, err, driver.Unavailable)
-	})
-}
 
 func testHost(t *testing.T, h Harness) {
 	t.Run("ends have a reason and an exit code", func(t *testing.T) {

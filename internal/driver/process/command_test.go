@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"os/user"
@@ -368,56 +367,6 @@ func TestUsers(t *testing.T) {
 			t.Errorf("the agent itself: %v", err)
 		}
 	})
-}
-
-func TestPorts(t *testing.T) {
-	d := newDriver(t, Options{})
-	target := newTarget(script("exec sleep 1000"))
-	target.Spec.Ports = []v1.TargetPort{{Name: "http", Port: 8080, Protocol: "TCP"}, {Name: "dns", Port: 53, Protocol: "UDP"},
-		{Name: "sip", Port: 5060, Protocol: "UDP"}, {Name: "sip-tcp", Port: 5060, Protocol: "TCP"}}
-	start(t, d, target, v1.InstancePort{Name: "http", Port: 8080, HostPort: 31021}, v1.InstancePort{Name: "dns", Port: 53, HostPort: 31022},
-		v1.InstancePort{Name: "sip", Port: 5060, HostPort: 31023}, v1.InstancePort{Name: "sip-tcp", Port: 5060, HostPort: 31024})
-	c := open(t, d, target)
-	var dialled string
-	c.req.Dial = func(_ context.Context, network, address string) (net.Conn, error) {
-		dialled = network + " " + address
-		return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
-	}
-	for port, want := range map[uint16]string{8080: "tcp 127.0.0.1:31021", 5060: "tcp 127.0.0.1:31024", 9090: "tcp 127.0.0.1:9090"} {
-		if _, err := c.DialPort(t.Context(), port); driver.KindOf(err) != driver.Unavailable {
-			t.Errorf("port %d: %v", port, err)
-		}
-		if dialled != want {
-			t.Errorf("port %d: dialled %s, want %s", port, dialled, want)
-		}
-	}
-	_, err := c.DialPort(t.Context(), 8080)
-	if want := "nothing listens on port 8080 of instance web-0 (127.0.0.1:31021): connection refused"; err.Error() != want {
-		t.Errorf("error %q, want %q", err, want)
-	}
-	if _, err := c.DialPort(t.Context(), 53); driver.KindOf(err) != driver.Unsupported {
-		t.Errorf("UDP: %v", err)
-	}
-	// What was UDP when the instance was started isn't its own by TCP.
-	turned := target.DeepCopy()
-	turned.Spec.Ports[1].Protocol = "TCP"
-	c.req.Target, dialled = turned, ""
-	if _, err := c.DialPort(t.Context(), 53); driver.KindOf(err) != driver.Unavailable || dialled != "" {
-		t.Errorf("a port that was UDP: %v, dialled %q", err, dialled)
-	}
-	// Listed since the instance was started: it is no port of the instance.
-	later := target.DeepCopy()
-	later.Spec.Ports = append(later.Spec.Ports, v1.TargetPort{Name: "ssh", Port: 22, Protocol: "TCP"})
-	c.req.Target, dialled = later, ""
-	if _, err := c.DialPort(t.Context(), 22); driver.KindOf(err) != driver.Unavailable || dialled != "" {
-		t.Errorf("a port that the instance was started without: %v, dialled %q", err, dialled)
-	}
-	c.req.Dial = func(context.Context, string, string) (net.Conn, error) {
-		return nil, driver.Errorf(driver.Invalid, "not allowed")
-	}
-	if _, err := c.DialPort(t.Context(), 8080); driver.KindOf(err) != driver.Invalid {
-		t.Errorf("a refusal by the class became %v", err)
-	}
 }
 
 // stuckWriter is a client that reads nothing until it is told to.

@@ -5,10 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"slices"
-	"strconv"
 	"sync"
 	"syscall"
 
@@ -25,10 +23,12 @@ type conn struct {
 }
 
 var (
-	_ driver.Execer     = (*conn)(nil)
-	_ driver.Attacher   = (*conn)(nil)
-	_ driver.Logger     = (*conn)(nil)
-	_ driver.PortDialer = (*conn)(nil)
+	_ driver.Execer       = (*conn)(nil)
+	_ driver.Attacher     = (*conn)(nil)
+	_ driver.Logger       = (*conn)(nil)
+	_ driver.PortDialer   = (*conn)(nil)
+	_ driver.SocketDialer = (*conn)(nil)
+	_ driver.PortListener = (*conn)(nil)
 )
 
 // Open implements driver.Driver.
@@ -321,53 +321,4 @@ func (r *openReader) Close() error {
 	err := r.logReader.Close()
 	r.once.Do(r.release)
 	return err
-}
-
-// DialPort implements driver.PortDialer.
-func (c *conn) DialPort(ctx context.Context, port uint16) (driver.Stream, error) {
-	r, err := c.run()
-	if err != nil {
-		return nil, err
-	}
-	// TCP and UDP may have the same number.
-	name, udp := "", false
-	for _, p := range c.req.Target.Spec.Ports {
-		switch {
-		case p.Port != int32(port):
-		case p.Protocol == v1.ProtocolUDP:
-			udp = true
-		default:
-			name = p.Name
-		}
-	}
-	if name == "" && udp {
-		return nil, driver.Errorf(driver.Unsupported, "port %d of instance %s is UDP, which can't be forwarded", port, c.id.Name)
-	}
-	own := slices.IndexFunc(r.tcp, func(p v1.InstancePort) bool { return p.Port == int32(port) })
-	hostPort := int32(port)
-	switch {
-	case own >= 0:
-		hostPort = r.tcp[own].HostPort
-	case name != "":
-		// A port that is listed stands for one of the instance's own. Without
-		// that, whoever may list a port would get the host's.
-		return nil, driver.Errorf(driver.Unavailable, "instance %s was started before port %d was listed: it has the port once it is replaced", c.id.Name, port)
-	}
-	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(hostPort)))
-	connection, err := c.req.Dial(ctx, "tcp", address)
-	if err != nil {
-		if _, ok := errors.AsType[*driver.Error](err); ok {
-			return nil, err
-		}
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			return nil, driver.Errorf(driver.Unavailable, "nothing listens on port %d of instance %s (%s): %w", port, c.id.Name, address, syscall.ECONNREFUSED)
-		}
-		return nil, driver.Errorf(driver.Unavailable, "port %d of instance %s (%s): %w", port, c.id.Name, address, err)
-	}
-	stream, ok := connection.(driver.Stream)
-	if !ok {
-		connection.Close()
-		return nil, driver.Errorf(driver.Internal, "port %d of instance %s: a %T can't be closed one way", port, c.id.Name, connection)
-	}
-	return stream, nil
 }

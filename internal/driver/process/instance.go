@@ -23,8 +23,8 @@ type run struct {
 	instance driver.InstanceID
 	setting  *setting
 	ports    []v1.InstancePort
-	// tcp are those of them that can be forwarded.
-	tcp       []v1.InstancePort
+	// own says by which ports of the host it is reached.
+	own       map[endpoint]int32
 	restarts  v1.RestartPolicy
 	grace     time.Duration // for Shutdown
 	tty       bool
@@ -223,7 +223,7 @@ func (d *Driver) start(what driver.Instance, i *instance) (_ *run, err error) {
 		instance:  what.ID(),
 		setting:   setting,
 		ports:     slices.Clone(what.Ports),
-		tcp:       tcpPorts(what),
+		own:       i.own,
 		restarts:  what.Target.Spec.RestartPolicy,
 		grace:     what.Target.Spec.GracePeriod(),
 		tty:       source.TTY,
@@ -430,14 +430,4 @@ func (in *input) write(ctx context.Context, data []byte) error {
 		return context.Cause(ctx)
 	}
 	return err
-}
-
-// tcpPorts are the ports that a run listens on by TCP, as its own spec said when it
-// was started: a host's port that was given for UDP is another's by TCP.
-func tcpPorts(what driver.Instance) []v1.InstancePort {
-	return slices.DeleteFunc(slices.Clone(what.Ports), func(p v1.InstancePort) bool {
-		return p.HostPort == 0 || slices.ContainsFunc(what.Target.Spec.Ports, func(listed v1.TargetPort) bool {
-			return listed.Name == p.Name && listed.Protocol == v1.ProtocolUDP
-		})
-	})
 }

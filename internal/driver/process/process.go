@@ -58,6 +58,7 @@ type Driver struct {
 	closed    bool
 	instances map[driver.InstanceID]*instance
 	open      map[driver.InstanceID]*openedLog
+	listeners map[*listener]struct{}
 	// busy counts what Close waits for.
 	busy sync.WaitGroup
 }
@@ -105,6 +106,7 @@ func New(opts Options) (*Driver, error) {
 		changes:   newChanges(),
 		instances: make(map[driver.InstanceID]*instance),
 		open:      make(map[driver.InstanceID]*openedLog),
+		listeners: make(map[*listener]struct{}),
 	}, nil
 }
 
@@ -118,7 +120,10 @@ type instance struct {
 	run *run
 	// starting says that a Start is under way.
 	starting bool
-	log      *openedLog
+	// own says by which ports of the host it is reached, from the beginning of
+	// its last Start.
+	own map[endpoint]int32
+	log *openedLog
 }
 
 // running returns the instance's run if it runs. The driver's mu is held.
@@ -138,7 +143,7 @@ func (d *Driver) Start(ctx context.Context, what driver.Instance) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	i, err := d.reserve(id)
+	i, err := d.reserve(id, ownPorts(what))
 	if err != nil {
 		return err
 	}
@@ -171,7 +176,7 @@ func (d *Driver) Start(ctx context.Context, what driver.Instance) error {
 
 // reserve makes sure that an instance is started once at a time. Unless it
 // fails, busy counts the caller.
-func (d *Driver) reserve(id driver.InstanceID) (*instance, error) {
+func (d *Driver) reserve(id driver.InstanceID, own map[endpoint]int32) (*instance, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
@@ -191,7 +196,7 @@ func (d *Driver) reserve(id driver.InstanceID) (*instance, error) {
 	case i.run != nil && !i.run.drained():
 		return nil, driver.Errorf(driver.Unavailable, "the output of the last run of instance %s is still held back: %s", id.Name, i.log.message())
 	}
-	i.starting = true
+	i.starting, i.own = true, own
 	d.busy.Add(1)
 	return i, nil
 }
@@ -221,6 +226,11 @@ func (d *Driver) Remove(_ context.Context, id driver.InstanceID) error {
 		return errClosed
 	}
 	delete(d.instances, id)
+	for l := range d.listeners {
+		if l.instance == id {
+			l.end(driver.Errorf(driver.NotRunning, "instance %s is gone, and what listens for it with it", id.Name))
+		}
+	}
 	return d.deleteLog(id)
 }
 
@@ -338,6 +348,9 @@ func (d *Driver) Close() error {
 		if r := i.running(); r != nil {
 			r.child.Kill()
 		}
+	}
+	for l := range d.listeners {
+		l.end(errClosed)
 	}
 	d.mu.Unlock()
 	// Logs that can't be written hold their instance's end up no longer than

@@ -4,7 +4,10 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -126,38 +129,110 @@ func TestConformance(t *testing.T) {
 		Port: func(t *testing.T) (driver.Driver, driver.Request, uint16, uint16) {
 			// The driver dials where the agent told the instance to listen;
 			// who listens there doesn't matter to it.
-			listener, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			done := make(chan struct{})
-			t.Cleanup(func() {
-				listener.Close()
-				<-done
-			})
-			go func() {
-				defer close(done)
-				for {
-					c, err := listener.Accept()
-					if err != nil {
-						return
-					}
-					drivertest.EchoAfterEOF(c)
-				}
-			}()
+			listener := echo(t, "tcp", "127.0.0.1:0")
 			free, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {
 				t.Fatal(err)
 			}
 			free.Close()
-			port := func(l net.Listener) int32 { return int32(l.Addr().(*net.TCPAddr).Port) }
-			d := newDriver(t, Options{})
-			tgt := newTarget(script("sleep 1000"))
-			start(t, d, tgt, v1.InstancePort{Name: "http", Port: 8080, HostPort: port(listener)},
-				v1.InstancePort{Name: "off", Port: 8081, HostPort: port(free)})
-			return d, driver.Request{Target: tgt, Instance: "web-0", Dial: (&net.Dialer{}).DialContext}, 8080, 8081
+			d, req := running(t, v1.InstancePort{Name: "http", Port: 8080, HostPort: portOf(listener.Addr())},
+				v1.InstancePort{Name: "off", Port: 8081, HostPort: portOf(free.Addr())})
+			return d, req, 8080, 8081
+		},
+		Datagrams: func(t *testing.T) (driver.Driver, driver.Request, uint16) {
+			connection, err := net.ListenPacket("udp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var serving sync.WaitGroup
+			t.Cleanup(func() {
+				connection.Close()
+				serving.Wait()
+			})
+			serving.Go(func() { drivertest.EchoDatagrams(connection) })
+			d, req := running(t, v1.InstancePort{Name: "udp", Port: 53, HostPort: portOf(connection.LocalAddr())})
+			return d, req, 53
+		},
+		Socket: func(t *testing.T) (driver.Driver, driver.Request, string, string) {
+			dir := realDir(t)
+			echo(t, "unix", filepath.Join(dir, "open"))
+			unused, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "refused")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			unused.SetUnlinkOnClose(false)
+			unused.Close()
+			d, req := running(t)
+			return d, req, filepath.Join(dir, "open"), filepath.Join(dir, "refused")
+		},
+		Loopback: func(t *testing.T, port uint16) net.Conn {
+			connection, err := net.Dial("tcp", net.JoinHostPort("localhost", strconv.Itoa(int(port))))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return connection
 		},
 	})
+}
+
+// echo serves connections by EchoAfterEOF until the test ends.
+func echo(t testing.TB, network, address string) net.Listener {
+	t.Helper()
+	listener, err := net.Listen(network, address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var serving sync.WaitGroup
+	t.Cleanup(func() {
+		listener.Close()
+		serving.Wait()
+	})
+	serving.Go(func() {
+		for {
+			c, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			drivertest.EchoAfterEOF(c)
+		}
+	})
+	return listener
+}
+
+func portOf(addr net.Addr) int32 {
+	if udp, ok := addr.(*net.UDPAddr); ok {
+		return int32(udp.Port)
+	}
+	return int32(addr.(*net.TCPAddr).Port)
+}
+
+// running starts an instance with these ports, of which those named udp are.
+func running(t testing.TB, ports ...v1.InstancePort) (*Driver, driver.Request) {
+	t.Helper()
+	d, target := newDriver(t, Options{}), newTarget(script("exec sleep 1000"))
+	for _, p := range ports {
+		listed := v1.TargetPort{Name: p.Name, Port: p.Port, Protocol: v1.ProtocolTCP}
+		if p.Name == "udp" {
+			listed.Protocol = v1.ProtocolUDP
+		}
+		target.Spec.Ports = append(target.Spec.Ports, listed)
+	}
+	start(t, d, target, ports...)
+	return d, driver.Request{Target: target, Instance: "web-0", Dial: (&net.Dialer{}).DialContext}
+}
+
+// realDir is a directory for sockets, by a short path without links.
+func realDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "aaserver-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if dir, err = filepath.EvalSymlinks(dir); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // skip leaves out a test that this machine lacks something for. In CI, which has
