@@ -68,8 +68,8 @@ type dialed struct {
 
 func (dialed) Close() error { return nil }
 
-func (d dialed) DialPort(ctx context.Context, port uint16) (driver.Stream, error) {
-	conn, err := d.dial(ctx, "tcp", net.JoinHostPort(d.host, strconv.Itoa(int(port))))
+func (d dialed) DialPort(ctx context.Context, network string, port uint16) (driver.Stream, error) {
+	conn, err := d.dial(ctx, network, net.JoinHostPort(d.host, strconv.Itoa(int(port))))
 	if err != nil {
 		return nil, driver.Errorf(driver.Unavailable, "%w", err)
 	}

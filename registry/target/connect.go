@@ -44,7 +44,13 @@ type access struct {
 // access finds a target and its class. Without its class, a target can't be
 // connected to.
 func (c *connector) access(ctx context.Context, name string) (*access, error) {
-	obj, err := c.targets.Get(ctx, name, &metav1.GetOptions{})
+	return c.accessAt(ctx, name, "")
+}
+
+// accessAt is access to a target that is no older than a resource version; the
+// newest one if that is "". Its class is the newest in any case.
+func (c *connector) accessAt(ctx context.Context, name, resourceVersion string) (*access, error) {
+	obj, err := c.targets.Get(ctx, name, &metav1.GetOptions{ResourceVersion: resourceVersion})
 	if err != nil {
 		return nil, err
 	}
