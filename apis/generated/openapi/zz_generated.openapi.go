@@ -1754,7 +1754,7 @@ func schema_aaserver_apis_streaming_v1_TargetPortForwardOptions(ref common.Refer
 					},
 					"instance": {
 						SchemaProps: spec.SchemaProps{
-							Description: "instance names the instance; the first ready one if not given.",
+							Description: "instance names the instance. If it isn't given, each connection goes to one that is ready: the same one as long as it is, the first to begin with.",
 							Type:        []string{"string"},
 							Format:      "",
 						},
@@ -1766,7 +1766,7 @@ func schema_aaserver_apis_streaming_v1_TargetPortForwardOptions(ref common.Refer
 							},
 						},
 						SchemaProps: spec.SchemaProps{
-							Description: "ports, when given, are the only ports that the session may forward. The legacy WebSocket protocol needs them, and numbers its channels by their order.",
+							Description: "ports, when given, are the only ports, of TCP and UDP, that the session may forward, and then it forwards nothing else: no unix sockets, and nothing in reverse. The legacy WebSocket protocol needs them, and numbers its channels by their order.",
 							Type:        []string{"array"},
 							Items: &spec.SchemaOrArray{
 								Schema: &spec.Schema{

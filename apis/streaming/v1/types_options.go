@@ -157,13 +157,15 @@ type TargetAttachOptions struct {
 type TargetPortForwardOptions struct {
 	metav1.TypeMeta `json:",inline"`
 
-	// instance names the instance; the first ready one if not given.
+	// instance names the instance. If it isn't given, each connection goes to one
+	// that is ready: the same one as long as it is, the first to begin with.
 	// +optional
 	Instance string `json:"instance,omitempty" protobuf:"bytes,1,opt,name=instance"`
 
-	// ports, when given, are the only ports that the session may forward. The
-	// legacy WebSocket protocol needs them, and numbers its channels by their
-	// order.
+	// ports, when given, are the only ports, of TCP and UDP, that the session may
+	// forward, and then it forwards nothing else: no unix sockets, and nothing in
+	// reverse. The legacy WebSocket protocol needs them, and numbers its channels
+	// by their order.
 	// +optional
 	// +listType=atomic
 	Ports []int32 `json:"ports,omitempty" protobuf:"varint,2,rep,name=ports"`
