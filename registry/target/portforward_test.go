@@ -164,11 +164,10 @@ func (c *portsConn) ListenPort(_ context.Context, ports []v1.PortRange) (driver.
 // fakeStream says hello.
 type fakeStream struct {
 	io.Reader
-	mu      sync.Mutex // protects what follows
-	got     string
-	linger  int
-	closed  int
-	wroteTo bool
+	mu     sync.Mutex // protects what follows
+	got    string
+	linger int
+	closed int
 }
 
 func (s *fakeStream) Write(p []byte) (int, error) {
