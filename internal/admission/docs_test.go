@@ -70,8 +70,8 @@ func TestDocumentedExamples(t *testing.T) {
 			}
 		}
 	}
-	if len(objs.classes) != 2 || len(targets) != 2 || len(bindings) != 1 {
-		t.Errorf("found %d classes, %d targets and %d bindings, want 2, 2 and 1", len(objs.classes), len(targets), len(bindings))
+	if len(objs.classes) != 3 || len(targets) != 2 || len(bindings) != 1 {
+		t.Errorf("found %d classes, %d targets and %d bindings, want 3, 2 and 1", len(objs.classes), len(targets), len(bindings))
 	}
 	for _, binding := range bindings {
 		if roles[binding.RoleRef.Name] == nil {

@@ -35,6 +35,7 @@ import (
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/admission"
 	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/driver/process"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
 )
@@ -86,6 +87,8 @@ type policyServer struct {
 	// was given, nil if it was given none.
 	secrets string
 	handed  atomic.Pointer[corev1.Secret]
+	// process is the driver of hosted targets, nil while there are none.
+	process atomic.Pointer[process.Driver]
 }
 
 // startPolicyServer starts a server until the test ends. may says what users
@@ -142,7 +145,7 @@ func startPolicyServer(t *testing.T, may func(authorizer.Attributes) bool) *poli
 		}
 		return nil, errors.New("nobody has said")
 	}
-	stores, err := NewStores(generic.RESTOptionsGetter, target.StoreOptions{Sources: sets.New(v1.SourceSSH, v1.SourceTCP)})
+	stores, err := NewStores(generic.RESTOptionsGetter, target.StoreOptions{Sources: sets.New(v1.SourceSSH, v1.SourceTCP, v1.SourceProcess)})
 	must(err)
 	// It isn't run: what it is told is dropped.
 	events, err := newServerRecorder(config.Generic)
@@ -158,10 +161,18 @@ func startPolicyServer(t *testing.T, may func(authorizer.Attributes) bool) *poli
 		Recorder:     events,
 		DrainTimeout: options.DrainTimeout,
 		Target: target.Options{
-			Drivers: func(*v1.Target) (driver.Driver, error) { return dialing{&s.handed}, nil },
+			Drivers: func(target *v1.Target) (driver.Driver, error) {
+				if target.Spec.Hosted() {
+					return s.process.Load(), nil
+				}
+				return dialing{&s.handed}, nil
+			},
 			Secrets: secretFiles(s.secrets).get,
-			Dial: func(context.Context, string, string) (net.Conn, error) {
-				return nil, errors.New("the dial of hosted sources was used for a reached one")
+			Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+				if s.process.Load() == nil {
+					return nil, errors.New("the dial of hosted sources was used for a reached one")
+				}
+				return new(net.Dialer).DialContext(ctx, network, address)
 			},
 			ServiceRanges: services,
 			Sessions:      options.sessions(),
@@ -286,9 +297,10 @@ func (s *policyServer) forwardOne(t *testing.T, protocol, name string, port int)
 	return string(answer), string(text), nil
 }
 
-// TestReachedSources is policy where the server itself connects: no driver of
-// its own serves these sources yet.
-func TestReachedSources(t *testing.T) {
+// TestConnections is policy where the server itself connects: no driver of its
+// own serves sources with endpoints yet. A process has one server, of which the
+// forwards make use, too.
+func TestConnections(t *testing.T) {
 	s := startPolicyServer(t, func(a authorizer.Attributes) bool {
 		switch a.GetResource() {
 		case "targets", "targetclasses":
@@ -300,6 +312,7 @@ func TestReachedSources(t *testing.T) {
 	})
 	t.Run("addresses", func(t *testing.T) { testAddresses(t, s) })
 	t.Run("Secrets", func(t *testing.T) { testSecrets(t, s) })
+	t.Run("forwards", func(t *testing.T) { testForwards(t, s) })
 }
 
 func testAddresses(t *testing.T, s *policyServer) {
