@@ -258,6 +258,16 @@ func AllowPort(class *v1.TargetClass, target *v1.Target, port uint16, protocol v
 		port, protocolOf(protocol), list(open))
 }
 
+// AllowPortNumber is AllowPort before it is known by which protocol: it returns
+// nil if the port may be forwarded by one, and else what is said of TCP.
+func AllowPortNumber(class *v1.TargetClass, target *v1.Target, port uint16) error {
+	err := AllowPort(class, target, port, v1.ProtocolTCP)
+	if err != nil && AllowPort(class, target, port, v1.ProtocolUDP) == nil {
+		return nil
+	}
+	return err
+}
+
 // IsSocketPath says whether a path may name a unix socket: it is absolute, is
 // written in the one way that there is without links, and names something below
 // the root.

@@ -360,6 +360,18 @@ func TestAllowPort(t *testing.T) {
 	}
 	t.Run("without a class every port is closed", func(t *testing.T) {
 		assertDenied(t, AllowPort(nil, target, 80, v1.ProtocolTCP), "")
+		assertDenied(t, AllowPortNumber(nil, target, 80), "")
+	})
+	t.Run("a number is open by one protocol or the other", func(t *testing.T) {
+		class := classOf(v1.TargetClassSpec{})
+		for number, want := range map[uint16]bool{80: true, 53: true, 22: true, 3306: false} {
+			if err := AllowPortNumber(class, target, number); err == nil != want {
+				t.Errorf("port %d: %v", number, err)
+			}
+		}
+		if got, want := AllowPortNumber(class, target, 3306).Error(), AllowPort(class, target, 3306, v1.ProtocolTCP).Error(); got != want {
+			t.Errorf("error %q, want that of TCP: %q", got, want)
+		}
 	})
 }
 

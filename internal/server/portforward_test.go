@@ -256,6 +256,21 @@ func testForwards(t *testing.T, s *policyServer) {
 		}
 	})
 
+	t.Run("a session of a port that is UDP", func(t *testing.T) {
+		udpOnly := *class.DeepCopy()
+		udpOnly.Ports.Allowed = []v1.PortRange{{Port: 80, Protocol: v1.ProtocolUDP}}
+		s.class(t, "local", udpOnly)
+		defer s.class(t, "local", class)
+		if _, err := s.mux(t, "web", "ports=80").Dial(ctx, streaming.Endpoint{Network: "udp", Port: 80}); err != nil {
+			t.Errorf("by mux: %v", err)
+		}
+		err := s.client(t, "admin").StreamingV1().RESTClient().Get().Namespace("shop").Resource("targets").Name("web").SubResource("portforward").
+			Param("ports", "80").SetHeader("Upgrade", "websocket").SetHeader("Connection", "upgrade").Do(ctx).Error()
+		if !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "does not allow port 80 (TCP)") {
+			t.Errorf("by a protocol that knows TCP alone: %v", err)
+		}
+	})
+
 	t.Run("a session that is idle", func(t *testing.T) {
 		idle := *class.DeepCopy()
 		idle.Limits.IdleTimeoutSeconds = ptr.To[int64](1)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/gorilla/websocket"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -60,16 +61,24 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 		return nil, err
 	}
 	var narrowed streaming.PortForwardRequest
+	var notTCP error // of a port that may be forwarded by UDP, though
 	for _, port := range opts.Ports {
 		// Ports that are named beforehand are refused beforehand.
-		err := policy.AllowPort(to.class, to.target, uint16(port), v1.ProtocolTCP)
-		if err != nil && policy.AllowPort(to.class, to.target, uint16(port), v1.ProtocolUDP) != nil {
+		if err := policy.AllowPortNumber(to.class, to.target, uint16(port)); err != nil {
 			r.tell(to.target, err)
 			return nil, statusError(err)
+		}
+		if err := policy.AllowPort(to.class, to.target, uint16(port), v1.ProtocolTCP); err != nil {
+			notTCP = err
 		}
 		narrowed.Ports = append(narrowed.Ports, uint16(port))
 	}
 	return r.stream(responder, to, instance, "portforward", func(w http.ResponseWriter, req *http.Request, s *session.Session) error {
+		if notTCP != nil && !slices.Contains(websocket.Subprotocols(req), streaming.MuxProtocol) {
+			r.tell(to.target, notTCP)
+			responder.Error(statusError(notTCP))
+			return notTCP
+		}
 		f := &forwarding{
 			connector: r.connector,
 			session:   s,

@@ -175,7 +175,8 @@ func (p *classPolicy) judge(ctx context.Context, a admission.Attributes, found *
 		if port < 1 || port > 65535 {
 			continue // the registry says what is wrong with it
 		}
-		if err := policy.AllowPort(class, found, uint16(port), v1.ProtocolTCP); err != nil {
+		// By which protocol is known with the connection.
+		if err := policy.AllowPortNumber(class, found, uint16(port)); err != nil {
 			return plugin.Forbidden(a, err.Error())
 		}
 	}

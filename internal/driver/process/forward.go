@@ -73,7 +73,7 @@ func (c *conn) DialPort(ctx context.Context, network string, port uint16) (drive
 		}
 	}
 	if !listed && other != "" {
-		return nil, driver.Errorf(driver.Invalid, "port %d of instance %s is a port of %s, not of %s", port, c.id.Name, strings.ToUpper(other), strings.ToUpper(network))
+		return nil, driver.Errorf(driver.Invalid, "port %d of instance %s is %s, and was asked for by %s", port, c.id.Name, strings.ToUpper(other), strings.ToUpper(network))
 	}
 	hostPort, own := r.own[end]
 	if listed && !own {
