@@ -309,9 +309,9 @@ func (s *survival) copies(t *testing.T) []func(t *testing.T) {
 
 // forwarding is a port-forward with traffic.
 type forwarding struct {
-	tcp, udp string
-	cancel   context.CancelFunc
-	done     chan struct{}
+	tcp    string
+	cancel context.CancelFunc
+	done   chan struct{}
 
 	good, cut atomic.Int64
 	bytes     atomic.Int64
