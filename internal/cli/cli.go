@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -113,6 +114,7 @@ func NewCommand(streams genericiooptions.IOStreams) *cobra.Command {
 
 	c := newClient(streams)
 	c.flags.AddFlags(root.PersistentFlags())
+	root.PersistentFlags().DurationVar(&c.peerTimeout, "peer-timeout", c.peerTimeout, "How long a server that gives no sign of life is believed in, on connections that last.")
 	addVerbosityFlag(root)
 
 	groups := templates.CommandGroups{
@@ -191,10 +193,13 @@ func newOptionsCommand(c *client) *cobra.Command {
 type client struct {
 	genericiooptions.IOStreams
 	flags *genericclioptions.ConfigFlags
+	// peerTimeout is how long a server may be silent on an upgraded connection,
+	// on which both sides ping, before the connection is taken for lost.
+	peerTimeout time.Duration
 }
 
 func newClient(streams genericiooptions.IOStreams) *client {
-	return &client{IOStreams: streams, flags: genericclioptions.NewConfigFlags(true)}
+	return &client{IOStreams: streams, flags: genericclioptions.NewConfigFlags(true), peerTimeout: time.Minute}
 }
 
 // namespace returns the namespace of the flags or of the kubeconfig's context.
@@ -209,10 +214,16 @@ type connection struct {
 	clientset versioned.Interface
 	rest      rest.Interface
 	namespace string
+	// peerTimeout is the client's.
+	peerTimeout time.Duration
 }
 
-// connect prepares requests to the server; it doesn't make any.
-func (c *client) connect() (*connection, error) {
+// connect prepares requests to the server; it doesn't make any. changes are made
+// to a configuration of its own.
+func (c *client) connect(changes ...func(*rest.Config)) (*connection, error) {
+	if c.peerTimeout <= 0 {
+		return nil, fmt.Errorf("--peer-timeout is %v: it has to be more than 0", c.peerTimeout)
+	}
 	config, err := c.flags.ToRESTConfig()
 	if err != nil {
 		return nil, err
@@ -222,6 +233,9 @@ func (c *client) connect() (*connection, error) {
 	config.QPS = -1
 	config.UserAgent = "kubectl-target/" + version.Get().Version + " (" + version.Get().Platform + ")"
 	config.WarningHandler = rest.NewWarningWriter(c.ErrOut, rest.WarningWriterOptions{Deduplicate: true})
+	for _, change := range changes {
+		change(config)
+	}
 	namespace, err := c.namespace()
 	if err != nil {
 		return nil, err
@@ -235,6 +249,8 @@ func (c *client) connect() (*connection, error) {
 		clientset: clientset,
 		rest:      clientset.StreamingV1().RESTClient(),
 		namespace: namespace,
+
+		peerTimeout: c.peerTimeout,
 	}, nil
 }
 

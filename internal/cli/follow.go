@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,13 +8,13 @@ import (
 	"net/http"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/klog/v2"
 	"k8s.io/utils/ptr"
 
 	informers "aaserver.io/aaserver/apis/generated/informers/externalversions/streaming/v1"
@@ -29,18 +28,20 @@ const (
 	// maxRemembered is of how many such targets it is known what was printed,
 	// in case they are selected again.
 	maxRemembered = 256
-	// pollInterval is the time between looks at a single target, for instances
-	// that come later.
-	pollInterval = 2 * time.Second
 	// maxRetryDelay bounds the growing pauses between attempts to resume.
 	maxRetryDelay = 30 * time.Second
 )
 
-// errLimit ends the streams of a target of which --limit-bytes were printed.
-var errLimit = errors.New("the limit of bytes is reached")
+var (
+	// errLimit ends the streams of a target of which --limit-bytes were
+	// printed.
+	errLimit = errors.New("the limit of bytes is reached")
+	// errOver ends the follower of one target, whose log has ended.
+	errOver = errors.New("the log has ended")
+)
 
 // follower follows the logs of the targets that a selector selects, or of one
-// target from when its stream broke off, with one stream for each instance:
+// target, with one stream for each instance:
 //
 //	           added, or runs anew           ended, removed
 //	instance ─────────────────────▶ stream ─────────────────▶ ended
@@ -48,35 +49,39 @@ var errLimit = errors.New("the limit of bytes is reached")
 //	                      broke off  ▼  │ resumed               │ runs anew,
 //	                                 pause           stream ◀───┘ selected again
 //
-// Lines carry their times, which strictly increase for an instance: a stream
-// that broke off is resumed after the last line that was printed, so that none
-// is lost and none comes twice.
+// A stream that broke off is resumed at its position, so that no line is lost
+// and none comes twice. Of many instances that are there at the beginning, what
+// they have written is read first, to its end, and merged by time; then each is
+// followed from there.
 type follower struct {
-	conn   *connection
+	conn   *logClient
 	out    *merger
 	query  *v1.TargetLogOptions
 	errOut io.Writer
+	quiet  bool
 	// only is the one target that is followed, "" with a selector. What is
 	// wrong with it ends the command.
 	only string
 	// retryDelay is the first pause before a stream is resumed.
 	retryDelay time.Duration
 	drainTime  time.Duration
+	started    time.Time
 
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	streams sync.WaitGroup
-	// ended is told when a stream has ended.
-	ended chan struct{}
 
-	// mu protects what follows, and what the targets hold.
+	// mu protects what follows, and what the targets hold. It is taken before
+	// the merger's.
 	mu      sync.Mutex
 	targets map[types.UID]*followedTarget
 	// removed are the targets that have gone, the first one first.
 	removed []types.UID
-	// lost has what isn't connected: instances, targets that are looked for,
-	// and the follower itself for its watch. The user is told when the first
-	// one comes.
+	// beginning is set while the targets are added that are there at first.
+	beginning bool
+	// lost has what isn't connected: instances, and the follower itself for its
+	// watch. The user is told when the first one comes, and when the last one
+	// is connected again.
 	lost map[any]bool
 }
 
@@ -93,10 +98,10 @@ type followedTarget struct {
 	drain *time.Timer
 	// instances are those that have or had a stream.
 	instances map[string]*followedInstance
-	// opened is when a stream of all instances was opened, zero if none was.
-	opened time.Time
-	// printed counts the bytes that were, where there is a limit to them.
-	printed atomic.Int64
+	// listed are the instances of the states known.
+	listed map[string]bool
+	// limit is how much is printed of it, nil if all is.
+	limit *byteLimit
 }
 
 type followedInstance struct {
@@ -104,170 +109,92 @@ type followedInstance struct {
 	// run is the run of the instance that was the last one known when its
 	// stream ended.
 	run string
-	// cursor is the time of the last line that was printed.
-	cursor string
-	last   time.Time
+	// fresh says that it came while its target was followed: all it wrote is
+	// new.
+	fresh bool
+	position
 	// opened is when its first stream was opened, zero if none was.
 	opened time.Time
 }
 
-// followSelected follows until ctx ends.
-func followSelected(ctx context.Context, c *client, conn *connection, out *merger, selector string, query *v1.TargetLogOptions) error {
-	// The informer below keeps trying whatever the error. What is wrong from
-	// the beginning is told, and ends the command.
-	list, err := conn.clientset.StreamingV1().Targets(conn.namespace).List(ctx, metav1.ListOptions{LabelSelector: selector, Limit: 1})
-	if err != nil {
-		return err
-	}
-	if len(list.Items) == 0 {
-		fmt.Fprintf(c.ErrOut, "No resources found in %s namespace. Waiting for them.\n", conn.namespace)
-	}
-	f := newFollower(ctx, conn, out, &lockedWriter{w: c.ErrOut}, query)
-	return f.run(selector)
+// followSelected follows the targets that a selector selects, until ctx ends.
+func (f *follower) followSelected(selector string) error {
+	return f.followAll(metav1.ListOptions{LabelSelector: selector})
 }
 
-// followTarget follows one target until its log ends. The server merges the
-// logs of all instances: there is one stream, until it breaks off.
-func followTarget(ctx context.Context, c *client, conn *connection, out *merger, target string, query *v1.TargetLogOptions) error {
-	f := newFollower(ctx, conn, out, &lockedWriter{w: c.ErrOut}, query)
-	defer f.cancel(nil)
-	f.only = target
+// followTarget follows one target until its log ends: the log of an instance,
+// or those of all, the ones that come later too.
+func (f *follower) followTarget(name string) error {
+	f.only = name
+	if f.query.AllInstances {
+		return f.followAll(metav1.ListOptions{FieldSelector: "metadata.name=" + name})
+	}
 	t := f.newTarget()
-	defer t.cancel(nil)
-
-	options := f.options()
-	// The names of the instances, to know what to resume.
-	options.Prefix = true
-	err := conn.copyLog(t.ctx, target, options, func(body io.Reader) error {
-		t.opened = time.Now()
-		return out.copy(body, f.printAll(t))
-	})
-	var broken *brokenLog
-	switch {
-	case errors.Is(context.Cause(t.ctx), errLimit):
-		return nil
-	case err == nil || ctx.Err() != nil || !errors.As(err, &broken):
-		return err
+	instance := f.query.Instance
+	if instance == "" {
+		// Its name is needed to resume. Who may read logs alone has it from the
+		// lines' prefix.
+		target, err := f.conn.clientset.StreamingV1().Targets(f.conn.namespace).Get(f.ctx, name, metav1.GetOptions{})
+		switch {
+		case apierrors.IsForbidden(err):
+		case err != nil:
+			return err
+		default:
+			if best := f.candidates(target); len(best) > 0 {
+				instance = best[0].Name
+			}
+		}
 	}
-	return f.resumeTarget(t, err)
+	f.mu.Lock()
+	t.instances[instance] = &followedInstance{}
+	f.stream(t, instance, t.instances[instance])
+	f.mu.Unlock()
+	go f.out.run()
+	f.streams.Wait()
+	return f.over()
 }
 
-func newFollower(ctx context.Context, conn *connection, out *merger, errOut io.Writer, query *v1.TargetLogOptions) *follower {
+// over returns why it has ended.
+func (f *follower) over() error {
+	err := context.Cause(f.ctx)
+	if err == nil || errors.Is(err, errOver) {
+		return f.out.finish()
+	}
+	f.out.abort()
+	return err
+}
+
+func newFollower(ctx context.Context, conn *logClient, out *merger, errOut io.Writer, query *v1.TargetLogOptions) *follower {
 	ctx, cancel := context.WithCancelCause(ctx)
-	return &follower{
+	f := &follower{
 		ctx:        ctx,
 		cancel:     cancel,
 		conn:       conn,
 		out:        out,
 		query:      query,
-		errOut:     errOut,
+		errOut:     &lockedWriter{w: errOut},
 		retryDelay: time.Second,
 		drainTime:  drainTime,
-		ended:      make(chan struct{}, 1),
+		started:    time.Now(),
 		targets:    map[types.UID]*followedTarget{},
 		lost:       map[any]bool{},
 	}
+	out.failed = func(err error) { f.cancel(err) }
+	context.AfterFunc(ctx, func() {
+		if !errors.Is(context.Cause(ctx), errOver) {
+			out.end(errMergerEnded) // streams may wait for it
+		}
+	})
+	return f
 }
 
 func (f *follower) newTarget() *followedTarget {
-	t := &followedTarget{instances: map[string]*followedInstance{}}
+	t := &followedTarget{instances: map[string]*followedInstance{}, listed: map[string]bool{}}
 	t.ctx, t.cancel = context.WithCancelCause(f.ctx)
+	if f.query.LimitBytes != nil {
+		t.limit = &byteLimit{left: *f.query.LimitBytes, reached: func() { t.cancel(errLimit) }}
+	}
 	return t
-}
-
-// resumeTarget goes on where the stream of the one target broke off.
-func (f *follower) resumeTarget(t *followedTarget, err error) error {
-	defer f.streams.Wait()
-	defer f.cancel(nil)
-	f.disconnected(t, err)
-	if !sleep(f.ctx, f.retryDelay) {
-		return context.Cause(f.ctx)
-	}
-	f.mu.Lock()
-	if name := f.query.Instance; name != "" && t.instances[name] == nil {
-		t.instances[name] = &followedInstance{opened: t.opened}
-	}
-	for name, instance := range t.instances {
-		f.stream(t, name, instance)
-	}
-	if !f.query.AllInstances && len(t.instances) > 0 {
-		// Nobody looks for more.
-		delete(f.lost, t)
-	}
-	f.mu.Unlock()
-	for {
-		f.mu.Lock()
-		look := f.query.AllInstances || len(t.instances) == 0
-		f.mu.Unlock()
-		if look {
-			if err := f.look(t); err != nil {
-				f.drain(t)
-				return err
-			}
-		}
-		f.mu.Lock()
-		over := len(t.instances) > 0 && !t.streaming() && (!look || !f.query.AllInstances || t.target != nil && finished(t.target))
-		f.mu.Unlock()
-		if over || f.ctx.Err() != nil || errors.Is(context.Cause(t.ctx), errLimit) {
-			return context.Cause(f.ctx)
-		}
-		timer := time.NewTimer(pollInterval)
-		select {
-		case <-f.ended:
-		case <-timer.C:
-		case <-f.ctx.Done():
-		}
-		timer.Stop()
-	}
-}
-
-// look finds the instances of the one target that aren't followed yet. It fails
-// if the target is gone, or the server refuses to show it.
-func (f *follower) look(t *followedTarget) error {
-	target, err := f.conn.clientset.StreamingV1().Targets(f.conn.namespace).Get(f.ctx, f.only, metav1.GetOptions{})
-	if f.ctx.Err() != nil {
-		return context.Cause(f.ctx)
-	}
-	if err != nil {
-		if transient(err) {
-			f.disconnected(t, err)
-			return nil
-		}
-		return err
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if t.target != nil && t.target.UID != target.UID {
-		return apierrors.NewNotFound(v1.Resource("targets"), f.only)
-	}
-	t.target = target
-	f.reconcile(t)
-	if len(t.instances) > 0 {
-		delete(f.lost, t)
-	}
-	return nil
-}
-
-// drain waits for the last lines of the one target, which is gone.
-func (f *follower) drain(t *followedTarget) {
-	timer := time.NewTimer(f.drainTime)
-	defer timer.Stop()
-	for {
-		f.mu.Lock()
-		t.target = nil
-		streaming := t.streaming()
-		f.mu.Unlock()
-		if !streaming {
-			return
-		}
-		select {
-		case <-f.ended:
-		case <-timer.C:
-			return
-		case <-f.ctx.Done():
-			return
-		}
-	}
 }
 
 // finished says that no instance of a target runs or will run again, as long as
@@ -289,18 +216,39 @@ func finished(target *v1.Target) bool {
 // first: when a server goes, all streams break off.
 func (f *follower) disconnected(who any, err error) {
 	f.mu.Lock()
+	defer f.mu.Unlock()
 	first := len(f.lost) == 0
 	f.lost[who] = true
-	f.mu.Unlock()
-	if !first {
+	if !first || f.quiet {
 		return
 	}
-	reason := ""
-	var status *apierrors.StatusError
-	if errors.As(err, &status) {
-		reason = ": " + status.ErrStatus.Message
+	fmt.Fprintf(f.errOut, "warning: the connection to the server was lost and is being retried%s\n", reason(err))
+}
+
+// connected notes what is connected again. mu is held.
+func (f *follower) connected(who any) {
+	if !f.lost[who] {
+		return
 	}
-	fmt.Fprintf(f.errOut, "warning: the connection to the server was lost and is being retried%s\n", reason)
+	delete(f.lost, who)
+	if len(f.lost) == 0 && !f.quiet {
+		fmt.Fprintln(f.errOut, "The connection to the server stands again: the log goes on where it was.")
+	}
+}
+
+// reason is what is known of why a stream broke off.
+func reason(err error) string {
+	var status *apierrors.StatusError
+	var broken *brokenLog
+	switch {
+	case errors.As(err, &status):
+		return ": " + status.ErrStatus.Message
+	case errors.Is(err, errUnheard):
+		return ": " + errUnheard.Error()
+	case errors.As(err, &broken) && broken.told:
+		return ": " + broken.err.Error()
+	}
+	return ""
 }
 
 // sleep says whether ctx let it.
@@ -315,11 +263,33 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// run follows until the context ends, or the output can't be written any more.
-func (f *follower) run(selector string) error {
+// verbose tells who wants to know, by -v.
+func (f *follower) verbose(format string, args ...any) {
+	if klog.V(1).Enabled() {
+		fmt.Fprintf(f.errOut, format+"\n", args...)
+	}
+}
+
+// followAll follows what is listed until the context ends, the output can't be
+// written any more, or the log of the one target has ended.
+func (f *follower) followAll(list metav1.ListOptions) error {
 	defer f.cancel(nil)
+	// The informer below keeps trying whatever the error. What is wrong from
+	// the beginning is told, and ends the command.
+	found, err := listTargets(f.ctx, f.conn.connection, list)
+	if err != nil {
+		return err
+	}
+	if len(found) == 0 {
+		if f.only != "" {
+			return apierrors.NewNotFound(v1.Resource("targets"), f.only)
+		}
+		fmt.Fprintf(f.errOut, "No resources found in %s namespace. Waiting for them.\n", f.conn.namespace)
+	}
 	informer := informers.NewFilteredTargetInformer(f.conn.clientset, f.conn.namespace, 0, cache.Indexers{},
-		func(options *metav1.ListOptions) { options.LabelSelector = selector })
+		func(options *metav1.ListOptions) {
+			options.LabelSelector, options.FieldSelector = list.LabelSelector, list.FieldSelector
+		})
 	told := ""
 	if err := informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
 		// A watch ends now and then, and begins anew.
@@ -327,7 +297,16 @@ func (f *follower) run(selector string) error {
 			return
 		}
 		if transient(err) {
-			f.disconnected(f, err)
+			f.mu.Lock()
+			watched := len(f.targets) > len(f.removed) // or nobody would tell that it is back
+			f.mu.Unlock()
+			if watched {
+				f.disconnected(f, err)
+			}
+			return
+		}
+		if f.only != "" {
+			f.cancel(err)
 			return
 		}
 		if message, _ := describe(err); message != told {
@@ -357,6 +336,16 @@ func (f *follower) run(selector string) error {
 	}); err != nil {
 		return err
 	}
+	f.mu.Lock()
+	f.beginning = true
+	f.mu.Unlock()
+	for i := range found {
+		f.update(&found[i])
+	}
+	f.mu.Lock()
+	f.beginning = false
+	f.mu.Unlock()
+	go f.out.run()
 	informer.RunWithContext(quiet(f.ctx))
 	// No handler may add a stream while we wait.
 	f.mu.Lock()
@@ -366,7 +355,7 @@ func (f *follower) run(selector string) error {
 	}
 	f.mu.Unlock()
 	f.streams.Wait()
-	return context.Cause(f.ctx)
+	return f.over()
 }
 
 // update starts the streams that a new state of a target calls for.
@@ -376,7 +365,7 @@ func (f *follower) update(target *v1.Target) {
 	if f.ctx.Err() != nil {
 		return
 	}
-	delete(f.lost, f)
+	f.connected(f)
 	t, ok := f.targets[target.UID]
 	switch {
 	case !ok:
@@ -393,8 +382,24 @@ func (f *follower) update(target *v1.Target) {
 			t.ctx, t.cancel = context.WithCancelCause(f.ctx)
 		}
 	}
+	known := ok || f.beginning
+	if !known && target.CreationTimestamp.After(f.started) {
+		known = true
+	}
 	t.target = target
-	f.reconcile(t)
+	f.reconcile(t, known)
+	for i := range target.Status.Instances {
+		t.listed[target.Status.Instances[i].Name] = true
+	}
+	f.endOnly(t)
+}
+
+// endOnly ends the follower when the log of its one target has ended. mu is
+// held.
+func (f *follower) endOnly(t *followedTarget) {
+	if f.only != "" && !t.streaming() && (t.target == nil || t.ctx.Err() != nil || f.query.AllInstances && finished(t.target)) {
+		f.cancel(errOver)
+	}
 }
 
 // remove lets the streams of a target that has gone drain. What was printed of
@@ -415,6 +420,7 @@ func (f *follower) remove(uid types.UID) {
 	}
 	if !t.streaming() {
 		t.cancel(nil)
+		f.endOnly(t)
 		return
 	}
 	t.drain = time.AfterFunc(f.drainTime, func() {
@@ -452,12 +458,11 @@ func runOf(instance *v1.InstanceStatus) string {
 }
 
 // reconcile starts a stream for each instance that has none and that was never
-// followed, or has begun to run anew. f.mu is held.
-func (f *follower) reconcile(t *followedTarget) {
-	if t.target == nil || t.ctx.Err() != nil {
-		return
-	}
-	if !f.query.AllInstances && (t.streaming() || f.only != "" && len(t.instances) > 0) {
+// followed, or has begun to run anew. watched says that the target has been
+// looked at all the time, so that an instance that wasn't listed before is new.
+// mu is held.
+func (f *follower) reconcile(t *followedTarget, watched bool) {
+	if t.target == nil || t.ctx.Err() != nil || !f.query.AllInstances && t.streaming() {
 		return
 	}
 	for _, status := range f.candidates(t.target) {
@@ -466,7 +471,7 @@ func (f *follower) reconcile(t *followedTarget) {
 			continue
 		}
 		if !known {
-			instance = &followedInstance{opened: t.opened}
+			instance = &followedInstance{fresh: watched && !f.beginning && !t.listed[status.Name]}
 			t.instances[status.Name] = instance
 		}
 		f.stream(t, status.Name, instance)
@@ -499,147 +504,198 @@ func (f *follower) candidates(target *v1.Target) []v1.InstanceStatus {
 	return instances
 }
 
-// stream starts the stream of an instance. f.mu is held.
+// stream starts the stream of an instance. mu is held.
 func (f *follower) stream(t *followedTarget, name string, instance *followedInstance) {
 	instance.streaming = true
-	if f.lost[t] {
-		// The user knows.
-		f.lost[instance] = true
-	}
-	ctx, target := t.ctx, f.only
+	target := f.only
 	if target == "" {
 		target = t.target.Name
 	}
-	f.streams.Go(func() { f.follow(ctx, t, target, name, instance) })
+	state := sourceAway
+	if f.beginning {
+		state = sourcePast
+	}
+	s := &instanceStream{follower: f, t: t, ctx: t.ctx, instance: instance, past: f.beginning,
+		origin: &origin{target: target, instance: name, limit: t.limit}, to: f.out.source(state)}
+	f.streams.Go(s.run)
 }
 
-// follow streams an instance's log until it has ended, and resumes it when it
-// breaks off.
-func (f *follower) follow(ctx context.Context, t *followedTarget, target, name string, instance *followedInstance) {
-	defer func() {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		instance.streaming = false
-		delete(f.lost, instance)
-		select {
-		case f.ended <- struct{}{}:
-		default: // it has been told
-		}
-		if t.target == nil {
-			if f.only == "" && !t.streaming() {
-				t.cancel(nil) // drained
-			}
-			return
-		}
-		instance.run = ""
-		for i := range t.target.Status.Instances {
-			// A stream that was cut off hasn't seen the run's end.
-			if status := &t.target.Status.Instances[i]; status.Name == name && ctx.Err() == nil {
-				instance.run = runOf(status)
-			}
-		}
-		f.reconcile(t)
-	}()
-	delay := f.retryDelay
+// instanceStream follows an instance until its log has ended.
+type instanceStream struct {
+	*follower
+	t        *followedTarget
+	ctx      context.Context
+	instance *followedInstance
+	origin   *origin
+	to       *lineSource
+	// past is set until what there was at the beginning has been read.
+	past bool
+}
+
+func (s *instanceStream) run() {
+	defer s.ended()
+	delay := s.retryDelay
 	for {
-		before := instance.last
-		err := f.conn.copyLog(ctx, target, f.resume(name, instance), func(body io.Reader) error {
-			f.mu.Lock()
-			delete(f.lost, instance)
-			f.mu.Unlock()
-			if instance.opened.IsZero() {
-				instance.opened = time.Now()
-			}
-			return f.out.copy(body, f.print(t, name, instance))
-		})
+		before := s.instance.position
+		err := s.once()
 		var output *outputError
 		switch {
-		case err == nil || ctx.Err() != nil:
+		case s.ctx.Err() != nil:
+			return
+		case err == nil && s.past:
+			s.past = false
+			continue
+		case err == nil:
 			return
 		case errors.As(err, &output):
-			f.cancel(output)
+			s.cancel(output)
 			return
-		case apierrors.IsNotFound(err) && !f.query.Previous:
+		case errors.Is(err, errUnheard) && s.instance.position == before && s.instance.cursor() != "" && isBroken(err):
+			// Over HTTP/1.1 nobody knows whether a log is quiet or its server
+			// gone: it is opened anew, where it was.
+			continue
+		case apierrors.IsNotFound(err):
 			// The status may be ahead of the log, or behind it.
-			if !f.lists(t, name) {
-				if f.only != "" && !f.query.AllInstances {
-					f.cancel(err)
+			listed, gone := s.listed()
+			if !listed {
+				if s.only != "" && gone == nil && !s.query.AllInstances {
+					gone = err
+				}
+				if gone != nil {
+					s.cancel(gone)
 				}
 				return
 			}
+		case s.only != "" && s.instance.opened.IsZero() && !s.query.AllInstances:
+			s.cancel(err) // it never was there
+			return
 		case transient(err):
-			if instance.last != before {
-				delay = f.retryDelay
+			if s.instance.position != before {
+				delay = s.retryDelay
 			}
-			f.disconnected(instance, err)
-		case f.only != "":
-			f.cancel(err)
+			s.disconnected(s.instance, err)
+		case s.only != "":
+			s.cancel(err)
 			return
 		default:
 			message, _ := describe(err)
-			fmt.Fprintf(f.errOut, "%s (target %q)\n", message, target)
+			fmt.Fprintf(s.errOut, "%s (target %q)\n", message, s.origin.target)
 			return
 		}
-		if !sleep(ctx, delay) {
+		s.past = false // the others don't wait
+		s.to.set(sourceAway)
+		if !sleep(s.ctx, delay) {
 			return
 		}
 		delay = min(2*delay, maxRetryDelay)
 	}
 }
 
-// lists says whether an instance is in the status of its target.
-func (f *follower) lists(t *followedTarget, name string) bool {
-	f.mu.Lock()
-	target := t.target
-	f.mu.Unlock()
-	if f.only != "" {
+func isBroken(err error) bool {
+	var broken *brokenLog
+	return errors.As(err, &broken)
+}
+
+// once streams until the log ends or breaks off.
+func (s *instanceStream) once() error {
+	query := s.resume(s.origin.instance, s.instance)
+	query.Follow = !s.past
+	return s.conn.stream(s.ctx, s.origin.target, query, func(resp *http.Response, body io.Reader) error {
+		s.mu.Lock()
+		s.connected(s.instance)
+		s.mu.Unlock()
+		if s.instance.opened.IsZero() {
+			s.instance.opened = time.Now()
+			s.verbose("Following %s/%s.", s.origin.target, s.origin.instance)
+		}
+		if s.instance.cursor() == "" {
+			s.instance.before = resp.Header.Get(cursorHeader)
+		}
+		if !s.past {
+			s.to.set(sourceLive)
+		}
+		from := func([]byte) *origin { return s.origin }
+		if query.Prefix {
+			from = func(name []byte) *origin {
+				if s.origin.instance == "" {
+					named := *s.origin
+					named.instance = string(name)
+					s.origin = &named
+				}
+				return s.origin
+			}
+		}
+		lines := &logReader{to: s.to, from: from, prefixed: query.Prefix, max: lineBuffer}
+		return lines.read(body, &s.instance.position)
+	})
+}
+
+// ended is called when nothing more is streamed.
+func (s *instanceStream) ended() {
+	s.to.close()
+	if s.ctx.Err() == nil {
+		s.verbose("The log of %s/%s has ended.", s.origin.target, s.origin.instance)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t, instance := s.t, s.instance
+	instance.streaming = false
+	delete(s.lost, instance)
+	switch {
+	case s.only != "" && !s.query.AllInstances:
+		return
+	case t.target == nil:
+		if !t.streaming() {
+			t.cancel(nil) // drained
+		}
+	default:
+		instance.run = ""
+		for i := range t.target.Status.Instances {
+			// A stream that was cut off hasn't seen the run's end.
+			if status := &t.target.Status.Instances[i]; status.Name == s.origin.instance && s.ctx.Err() == nil {
+				instance.run = runOf(status)
+			}
+		}
+		s.reconcile(t, true)
+	}
+	s.endOnly(t)
+}
+
+// listed says whether an instance is in the status of its target, or why the
+// target is gone.
+func (s *instanceStream) listed() (bool, error) {
+	s.mu.Lock()
+	target := s.t.target
+	s.mu.Unlock()
+	if s.only != "" {
 		var err error
-		target, err = f.conn.clientset.StreamingV1().Targets(f.conn.namespace).Get(f.ctx, f.only, metav1.GetOptions{})
+		target, err = s.conn.clientset.StreamingV1().Targets(s.conn.namespace).Get(s.ctx, s.only, metav1.GetOptions{})
 		if err != nil {
-			return transient(err)
+			return transient(err), err
 		}
 	}
-	return target != nil && slices.ContainsFunc(target.Status.Instances, func(i v1.InstanceStatus) bool { return i.Name == name })
-}
-
-// transient says whether trying again may help: the server wasn't reached,
-// isn't up to it now, or the log broke off.
-func transient(err error) bool {
-	var status *apierrors.StatusError
-	if !errors.As(err, &status) {
-		return true
-	}
-	switch code := status.ErrStatus.Code; code {
-	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooManyRequests:
-		return true
-	default:
-		return code >= http.StatusInternalServerError
-	}
-}
-
-// options returns those of the first stream. The client needs the times, and
-// writes what was asked for itself.
-func (f *follower) options() *v1.TargetLogOptions {
-	query := f.query.DeepCopy()
-	query.Timestamps = true
-	query.Prefix = false
-	query.LimitBytes = nil
-	return query
+	return target != nil && slices.ContainsFunc(target.Status.Instances, func(i v1.InstanceStatus) bool { return i.Name == s.origin.instance }), nil
 }
 
 // resume returns the options of the next stream of an instance.
 func (f *follower) resume(name string, instance *followedInstance) *v1.TargetLogOptions {
-	query := f.options()
+	query := f.query.DeepCopy()
 	query.Instance = name
 	query.AllInstances = false
+	// The client needs the times, and writes what was asked for itself.
+	query.Timestamps = true
+	query.Prefix = name == ""
+	query.LimitBytes = nil
+	whole := func() { query.TailLines, query.SinceSeconds, query.SinceTime = nil, nil, nil }
 	switch {
-	case instance.cursor != "":
-		query.ResumeAfter = instance.cursor
-		query.TailLines, query.SinceSeconds, query.SinceTime = nil, nil, nil
-		query.Previous = false
+	case instance.cursor() != "" && name != "":
+		query.ResumeAfter = instance.cursor()
+		whole()
+	case instance.fresh:
+		whole()
 	case !instance.opened.IsZero():
-		// There were no lines. All that came since are wanted, rather one too
-		// many than one too few.
+		// There were no lines, and an old server. All that came since are
+		// wanted, rather one too many than one too few.
 		elapsed := int64(time.Since(instance.opened)/time.Second) + 1
 		switch {
 		case ptr.Deref(query.TailLines, -1) == 0:
@@ -650,58 +706,4 @@ func (f *follower) resume(name string, instance *followedInstance) *v1.TargetLog
 		query.TailLines = nil
 	}
 	return query
-}
-
-// printAll returns what becomes of the lines of a stream of any instances, each
-// with its instance.
-func (f *follower) printAll(t *followedTarget) edit {
-	edits := map[string]edit{}
-	return func(line []byte) ([]byte, []byte, bool) {
-		name, rest, ok := bytes.Cut(bytes.TrimPrefix(line, []byte{'['}), []byte("] "))
-		if !ok || line[0] != '[' {
-			return nil, line, true
-		}
-		edit, ok := edits[string(name)]
-		if !ok {
-			instance := &followedInstance{opened: t.opened}
-			t.instances[string(name)] = instance
-			edit = f.print(t, string(name), instance)
-			edits[string(name)] = edit
-		}
-		return edit(rest)
-	}
-}
-
-// print returns what becomes of the lines of an instance.
-func (f *follower) print(t *followedTarget, name string, instance *followedInstance) edit {
-	var prefix []byte
-	if f.query.Prefix {
-		prefix = f.out.paint(name)
-	}
-	return func(line []byte) ([]byte, []byte, bool) {
-		stamp, text, ok := bytes.Cut(line, []byte{' '})
-		if !ok {
-			return prefix, line, true
-		}
-		at, err := time.Parse(time.RFC3339Nano, string(stamp))
-		if err != nil {
-			return prefix, line, true
-		}
-		if !at.After(instance.last) {
-			return nil, nil, false
-		}
-		instance.last, instance.cursor = at, string(stamp)
-		if f.query.Timestamps {
-			text = line
-		}
-		if limit := f.query.LimitBytes; limit != nil {
-			left := *limit - t.printed.Add(int64(len(text))) + int64(len(text))
-			if left <= int64(len(text)) {
-				t.cancel(errLimit)
-				text = text[:max(left, 0)]
-			}
-			return prefix, text, left > 0
-		}
-		return prefix, text, true
-	}
 }

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,7 +19,6 @@ import (
 	"k8s.io/kubectl/pkg/util/templates"
 	"k8s.io/utils/ptr"
 
-	"aaserver.io/aaserver/apis/generated/clientset/versioned/scheme"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 )
 
@@ -38,7 +39,8 @@ type logsOptions struct {
 	since                                              time.Duration
 	sinceTime                                          string
 	limitBytes                                         int64
-	stream                                             string
+	stream, output                                     string
+	quiet                                              bool
 }
 
 func newLogsCommand(c *client) *cobra.Command {
@@ -94,9 +96,12 @@ func newLogsCommand(c *client) *cobra.Command {
 	flags.Int64Var(&o.limitBytes, "limit-bytes", 0, "Maximum bytes of logs to return, of each target if a selector is provided. Defaults to no limit.")
 	flags.DurationVar(&o.since, "since", 0, "Only return logs newer than a relative duration like 5s, 2m, or 3h. Defaults to all logs. Only one of since-time / since may be used.")
 	flags.StringVar(&o.sinceTime, "since-time", "", "Only return logs after a specific date (RFC3339). Defaults to all logs. Only one of since-time / since may be used.")
+	flags.StringVarP(&o.output, "output", "o", "", "Output format. json prints an object for each line. One of: (json).")
+	flags.BoolVarP(&o.quiet, "quiet", "q", false, "If true, don't tell when the connection is lost and when it stands again.")
 	flags.StringVar(&o.stream, "stream", o.stream, "Which output to return: all, stdout or stderr.")
 	flags.StringVarP(&o.selector, "selector", "l", "", "Selector (label query) to filter on, supports '=', '==', '!=', 'in', 'notin'.(e.g. -l key1=value1,key2=value2,key3 in (value3)).")
 	register(cmd, "stream", cobra.FixedCompletions([]string{"all", "stdout", "stderr"}, cobra.ShellCompDirectiveNoFileComp))
+	register(cmd, "output", cobra.FixedCompletions([]string{"json"}, cobra.ShellCompDirectiveNoFileComp))
 	for _, flag := range []string{"tail", "limit-bytes", "since", "since-time", "selector"} {
 		register(cmd, flag, cobra.NoFileCompletions)
 	}
@@ -132,6 +137,8 @@ func (o *logsOptions) complete(cmd *cobra.Command, args []string, instance strin
 		return errors.New("--limit-bytes must be greater than 0")
 	case o.tail < -1:
 		return errors.New("--tail must be greater than or equal to -1")
+	case o.output != "" && o.output != "json":
+		return fmt.Errorf("--output=%s: expected json", o.output)
 	case o.allInstances && o.instance != "":
 		return errors.New("--all-instances excludes the name of an instance")
 	}
@@ -140,6 +147,9 @@ func (o *logsOptions) complete(cmd *cobra.Command, args []string, instance strin
 
 // query returns the request's options.
 func (o *logsOptions) query() (*v1.TargetLogOptions, error) {
+	if o.previous {
+		o.follow = false // it has ended
+	}
 	options := &v1.TargetLogOptions{
 		Instance:     o.instance,
 		Follow:       o.follow,
@@ -185,79 +195,92 @@ func (o *logsOptions) run(ctx context.Context, c *client) error {
 	if err != nil {
 		return err
 	}
-	conn, err := c.connect()
+	conn, err := c.connectLogs(o.selector != "" || o.allInstances)
 	if err != nil {
 		return err
 	}
-	out := &merger{w: outputWriter{c.Out}, color: printers.AllowsColorOutput(c.Out)}
-	switch {
-	case o.selector == "" && o.follow && !o.previous:
-		return followTarget(ctx, c, conn, out, o.target, query)
-	case o.selector == "":
-		return conn.copyLog(ctx, o.target, query, func(body io.Reader) error {
-			if out.color && o.prefix {
-				return out.copy(body, out.repaint)
-			}
-			_, err := io.Copy(out.w, body)
+	if !o.follow && o.selector == "" && !o.prefix && !o.json() {
+		// The server's bytes are what is wanted.
+		return conn.stream(ctx, o.target, query, func(_ *http.Response, body io.Reader) error {
+			_, err := io.Copy(outputWriter{c.Out}, body)
 			return err
 		})
-	case o.follow:
-		return followSelected(ctx, c, conn, out, o.selector, query)
-	default:
-		return o.printSelected(ctx, c, conn, out, query)
 	}
+	out := newMerger(c.Out, lineStyle{
+		prefix:     o.prefix,
+		timestamps: o.timestamps,
+		color:      printers.AllowsColorOutput(c.Out),
+		json:       o.json(),
+		namespace:  conn.namespace,
+		stream:     strings.ToLower(string(query.Stream)),
+	})
+	if !o.follow {
+		return o.print(ctx, c, conn, out, query)
+	}
+	f := newFollower(ctx, conn, out, c.ErrOut, query)
+	f.quiet = o.quiet
+	if o.selector == "" {
+		return f.followTarget(o.target)
+	}
+	return f.followSelected(o.selector)
 }
 
-// copyLog opens a log and copies it to its end.
-func (c *connection) copyLog(ctx context.Context, target string, query *v1.TargetLogOptions, consume func(io.Reader) error) error {
-	body, err := c.subresource("GET", target, "log").VersionedParams(query, scheme.ParameterCodec).Stream(ctx)
-	if err != nil {
+func (o *logsOptions) json() bool { return o.output == "json" }
+
+// print prints the log of a target, or those of the selected targets, merged by
+// time. That one of them fails doesn't keep the others back.
+func (o *logsOptions) print(ctx context.Context, c *client, conn *logClient, out *merger, query *v1.TargetLogOptions) error {
+	names := []string{o.target}
+	if o.selector != "" {
+		targets, err := listTargets(ctx, conn.connection, metav1.ListOptions{LabelSelector: o.selector})
+		if err != nil {
+			return err
+		}
+		if len(targets) == 0 {
+			fmt.Fprintf(c.ErrOut, "No resources found in %s namespace.\n", conn.namespace)
+			return nil
+		}
+		names = names[:0]
+		for i := range targets {
+			names = append(names, targets[i].Name)
+		}
+		slices.Sort(names)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	out.patience = 0 // no line may come too late
+	out.failed = func(err error) { cancel(err) }
+	stop := context.AfterFunc(ctx, func() { out.end(errMergerEnded) })
+	defer stop()
+
+	errs := make([]error, len(names))
+	var streams sync.WaitGroup
+	sources := make([]*lineSource, len(names))
+	for i := range names {
+		sources[i] = out.source(sourcePast)
+	}
+	for i, name := range names {
+		streams.Go(func() {
+			defer sources[i].close()
+			errs[i] = o.printTarget(ctx, conn, name, query.DeepCopy(), sources[i])
+		})
+	}
+	go out.run()
+	streams.Wait()
+	if ctx.Err() != nil {
+		out.abort()
+		return context.Cause(ctx)
+	}
+	if err := out.finish(); err != nil {
 		return err
 	}
-	defer body.Close()
-	err = consume(body)
-	var output *outputError
-	if err != nil && !errors.As(err, &output) {
-		return &brokenLog{err}
-	}
-	return err
-}
-
-// brokenLog is the error of a log that had been opened.
-type brokenLog struct{ err error }
-
-func (b *brokenLog) Error() string { return "the log broke off: " + b.err.Error() }
-func (b *brokenLog) Unwrap() error { return b.err }
-
-// printSelected prints the logs of the selected targets, one after another.
-// That one of them fails doesn't keep the others back.
-func (o *logsOptions) printSelected(ctx context.Context, c *client, conn *connection, out *merger, query *v1.TargetLogOptions) error {
-	var names []string
-	list := metav1.ListOptions{LabelSelector: o.selector, Limit: pageSize}
-	for {
-		page, err := conn.clientset.StreamingV1().Targets(conn.namespace).List(ctx, list)
-		if err != nil {
-			return err
-		}
-		for i := range page.Items {
-			names = append(names, page.Items[i].Name)
-		}
-		if list.Continue = page.Continue; list.Continue == "" {
-			break
-		}
-	}
-	if len(names) == 0 {
-		fmt.Fprintf(c.ErrOut, "No resources found in %s namespace.\n", conn.namespace)
-		return nil
-	}
-	slices.Sort(names)
 	failed := false
-	for _, name := range names {
-		err := conn.copyLog(ctx, name, query, func(body io.Reader) error { return out.copy(body, out.repaintIf(o.prefix)) })
-		if ctx.Err() != nil {
+	for _, err := range errs {
+		switch {
+		case err == nil:
+		case o.selector == "":
 			return err
-		}
-		if err != nil {
+		default:
 			failed = true
 			message, _ := describe(err)
 			fmt.Fprintln(c.ErrOut, message)
@@ -269,10 +292,43 @@ func (o *logsOptions) printSelected(ctx context.Context, c *client, conn *connec
 	return nil
 }
 
-// repaintIf colours the server's prefixes if it was asked for them.
-func (m *merger) repaintIf(prefixed bool) edit {
-	if prefixed {
-		return m.repaint
+// printTarget pushes the log of a target.
+func (o *logsOptions) printTarget(ctx context.Context, conn *logClient, name string, query *v1.TargetLogOptions, to *lineSource) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var limit *byteLimit
+	if query.LimitBytes != nil {
+		limit = &byteLimit{left: *query.LimitBytes, reached: func() { cancel(errLimit) }}
 	}
-	return nil
+	query.Timestamps, query.Prefix, query.LimitBytes = true, true, nil
+	origins := map[string]*origin{}
+	lines := &logReader{to: to, prefixed: true, max: lineBuffer, from: func(instance []byte) *origin {
+		from, ok := origins[string(instance)]
+		if !ok {
+			from = &origin{target: name, instance: string(instance), limit: limit}
+			origins[from.instance] = from
+		}
+		return from
+	}}
+	err := conn.stream(ctx, name, query, func(_ *http.Response, body io.Reader) error { return lines.read(body, nil) })
+	if errors.Is(context.Cause(ctx), errLimit) {
+		return nil
+	}
+	return err
+}
+
+// listTargets returns all targets of the namespace that the options are about.
+func listTargets(ctx context.Context, conn *connection, options metav1.ListOptions) ([]v1.Target, error) {
+	var targets []v1.Target
+	options.Limit = pageSize
+	for {
+		page, err := conn.clientset.StreamingV1().Targets(conn.namespace).List(ctx, options)
+		if err != nil {
+			return nil, err
+		}
+		targets = append(targets, page.Items...)
+		if options.Continue = page.Continue; options.Continue == "" {
+			return targets, nil
+		}
+	}
 }

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -41,11 +40,17 @@ func TestLogOptions(t *testing.T) {
 			args: []string{"target/web", "--instance=web-1"},
 			want: v1.TargetLogOptions{Instance: "web-1"}},
 		"the short flags": {
+			args: []string{"-p", "web"},
+			want: v1.TargetLogOptions{Previous: true}},
+		"a previous run isn't followed": {
 			args: []string{"-fp", "web"},
-			want: v1.TargetLogOptions{Follow: true, Previous: true}},
+			want: v1.TargetLogOptions{Previous: true}},
 		"what to print of each line": {
 			args: []string{"web", "--timestamps", "--all-instances", "--prefix"},
 			want: v1.TargetLogOptions{Timestamps: true, AllInstances: true, Prefix: true}},
+		"no prefix": {
+			args: []string{"web", "--all-instances"},
+			want: v1.TargetLogOptions{AllInstances: true}},
 		"how much": {
 			args: []string{"web", "--tail=0", "--limit-bytes=7"},
 			want: v1.TargetLogOptions{TailLines: ptr.To[int64](0), LimitBytes: ptr.To[int64](7)}},
@@ -67,11 +72,13 @@ func TestLogOptions(t *testing.T) {
 			want: v1.TargetLogOptions{Stream: v1.LogStreamStdout}},
 		"a selector shows ten lines of each": {
 			args: []string{"-l", "app=shop"},
-			want: v1.TargetLogOptions{TailLines: ptr.To[int64](10)}},
+			want: v1.TargetLogOptions{TailLines: ptr.To[int64](10), Timestamps: true, Prefix: true}},
 		"a selector shows more lines when told": {
 			args: []string{"-l", "app=shop", "--tail=20"},
-			want: v1.TargetLogOptions{TailLines: ptr.To[int64](20)}},
-		"a selector shows all lines when told": {args: []string{"-l", "app=shop", "--tail=-1"}},
+			want: v1.TargetLogOptions{TailLines: ptr.To[int64](20), Timestamps: true, Prefix: true}},
+		"a selector shows all lines when told": {
+			args: []string{"-l", "app=shop", "--tail=-1"},
+			want: v1.TargetLogOptions{Timestamps: true, Prefix: true}},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -82,14 +89,18 @@ func TestLogOptions(t *testing.T) {
 				if got.Stream == v1.LogStreamAll {
 					got.Stream = "" // the default
 				}
-				io.WriteString(w, "line\n")
+				line := "line\n"
+				if got.Timestamps && got.Prefix {
+					line = "[web-0] " + at(1, line)
+				}
+				io.WriteString(w, line)
 			}
 			cmd := server.start(nil, append([]string{"logs"}, test.args...)...)
 			if code := cmd.wait(); code != 0 {
 				t.Errorf("exit code %d, stderr %q", code, cmd.errOut)
 			}
-			if diff := cmp.Diff("line\n", cmd.out.String()); diff != "" {
-				t.Errorf("stdout (-want +got):\n%s", diff)
+			if got := cmd.out.String(); !strings.HasSuffix(got, "line\n") {
+				t.Errorf("stdout %q", got)
 			}
 			if diff := cmp.Diff(test.want, got); diff != "" {
 				t.Errorf("options (-want +got):\n%s", diff)
@@ -222,7 +233,10 @@ func TestParseRef(t *testing.T) {
 	}
 }
 
-const lostWarning = "warning: the connection to the server was lost and is being retried\n"
+const (
+	lostWarning = "warning: the connection to the server was lost and is being retried\n"
+	regained    = "The connection to the server stands again: the log goes on where it was.\n"
+)
 
 func TestFollowEndsWithARefusal(t *testing.T) {
 	web := v1.Resource("targets")
@@ -257,6 +271,7 @@ func TestFollowEndsWithARefusal(t *testing.T) {
 				}
 				cmd := server.start(nil, "logs", "-f", "web", flag)
 				until(t, "the line", func() bool { return cmd.out.String() == "first\n" })
+				until(t, "the watch", func() bool { return flag != "--all-instances" || server.watched() })
 				refuse.Store(true)
 				logs.of("web-0").change(func(l *logOf) { l.cut++ })
 				if code := cmd.wait(); code != 1 {
@@ -282,13 +297,13 @@ func TestFollowResumesOneTarget(t *testing.T) {
 		"the instance that the server picks": {
 			args: []string{"web"}, before: "one\n", after: "three\n"},
 		"an instance by name, with its prefix": {
-			args: []string{"web/web-0", "--prefix"}, before: "[web-0] one\n", after: "[web-0] three\n"},
+			args: []string{"web/web-0", "--prefix"}, before: "[web/web-0] one\n", after: "[web/web-0] three\n"},
 		"with times": {
 			args: []string{"web", "--timestamps"}, before: at(1, "one") + "\n", after: at(3, "three") + "\n"},
 		"the last line": {
 			args: []string{"web", "--tail=1"}, before: "one\n", after: "three\n"},
 		"all instances": {
-			args: []string{"web", "--all-instances", "--prefix"}, before: "[web-0] one\n[web-1] two\n", after: "[web-0] three\n[web-1] four\n[web-2] five\n"},
+			args: []string{"web", "--all-instances", "--prefix"}, before: "[web/web-0] one\n[web/web-1] two\n", after: "[web/web-0] three\n[web/web-1] four\n[web/web-2] five\n"},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -333,7 +348,7 @@ func TestFollowResumesOneTarget(t *testing.T) {
 			if code := cmd.wait(); code != 0 {
 				t.Errorf("exit code %d, want 0", code)
 			}
-			if diff := cmp.Diff(lostWarning, cmd.errOut.String()); diff != "" {
+			if diff := cmp.Diff(lostWarning+regained, cmd.errOut.String()); diff != "" {
 				t.Errorf("stderr (-want +got):\n%s", diff)
 			}
 			sorted := slices.Sorted(strings.Lines(strings.TrimPrefix(cmd.out.String(), test.before)))
@@ -379,7 +394,7 @@ func TestOneWarningForAllStreams(t *testing.T) {
 	each(func(name string) { logs.of(name + "-0").write(at(2, name)) })
 	down.Store(false)
 	until(t, "all streams", func() bool { return strings.Count(cmd.out.String(), "\n") == 2*targets })
-	if diff := cmp.Diff(lostWarning, cmd.errOut.String()); diff != "" {
+	if diff := cmp.Diff(lostWarning+regained, cmd.errOut.String()); diff != "" {
 		t.Errorf("stderr (-want +got):\n%s", diff)
 	}
 	cmd.cancel(terminated{syscall.SIGINT})
@@ -436,12 +451,15 @@ func TestTargetsThatHaveGoneAreRemembered(t *testing.T) {
 	got := &output{}
 	c := newClient(genericiooptions.IOStreams{Out: got, ErrOut: got})
 	*c.flags.KubeConfig = server.kubeconfig()
-	conn, err := c.connect()
+	conn, err := c.connectLogs(true)
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := newFollower(t.Context(), conn, &merger{w: got}, got, &v1.TargetLogOptions{Follow: true})
+	out := newMerger(got, lineStyle{})
+	f := newFollower(t.Context(), conn, out, got, &v1.TargetLogOptions{Follow: true})
 	f.drainTime = time.Millisecond
+	go out.run()
+	defer out.abort()
 	defer f.streams.Wait()
 	defer f.cancel(nil)
 	f.update(web)
@@ -501,13 +519,13 @@ func TestSelectedLogs(t *testing.T) {
 			writeError(w, apierrors.NewServiceUnavailable("agent gone"))
 			return
 		}
-		fmt.Fprintf(w, "[%s-0] no newline at the end", target)
+		fmt.Fprintf(w, "[%s-0] %s", target, at(1, "no newline at the end"))
 	}
 	cmd := server.start(nil, "logs", "-l", "app=shop", "--prefix")
 	if code := cmd.wait(); code != 1 {
 		t.Errorf("exit code %d, want 1", code)
 	}
-	if diff := cmp.Diff("[a-0] no newline at the end\n[c-0] no newline at the end\n", cmd.out.String()); diff != "" {
+	if diff := cmp.Diff("[a/a-0] no newline at the end\n[c/c-0] no newline at the end\n", cmd.out.String()); diff != "" {
 		t.Errorf("stdout (-want +got):\n%s", diff)
 	}
 	if diff := cmp.Diff("Error from server (ServiceUnavailable): agent gone\n", cmd.errOut.String()); diff != "" {
@@ -523,124 +541,6 @@ func TestSelectedLogs(t *testing.T) {
 	}
 }
 
-func TestMerger(t *testing.T) {
-	long := strings.Repeat("x", 3*lineBuffer)
-	tests := map[string]struct {
-		in, prefix, want string
-	}{
-		"lines":                      {in: "a\nb\n", prefix: "> ", want: "> a\n> b\n"},
-		"a last line without an end": {in: "a\nb", want: "a\nb\n"},
-		"empty lines":                {in: "\n\n", prefix: ">", want: ">\n>\n"},
-		"nothing":                    {},
-		"a long line":                {in: long + "\nb\n", prefix: "> ", want: "> " + long + "\n> b\n"},
-		"a long line without an end": {in: long, prefix: "> ", want: "> " + long + "\n"},
-	}
-	for name, test := range tests {
-		t.Run(name, func(t *testing.T) {
-			var got bytes.Buffer
-			m := &merger{w: &got}
-			err := m.copy(strings.NewReader(test.in), func(line []byte) ([]byte, []byte, bool) { return []byte(test.prefix), line, true })
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(test.want, got.String()); diff != "" {
-				t.Errorf("output (-want +got):\n%s", diff)
-			}
-		})
-	}
-}
-
-func TestMergerDropsHalfALineOfABrokenStream(t *testing.T) {
-	var got bytes.Buffer
-	m := &merger{w: &got}
-	broken := errors.New("broken")
-	err := m.copy(io.MultiReader(strings.NewReader("whole\nhal"), &failing{broken}), nil)
-	if !errors.Is(err, broken) {
-		t.Errorf("error %v, want %v", err, broken)
-	}
-	if diff := cmp.Diff("whole\n", got.String()); diff != "" {
-		t.Errorf("output (-want +got):\n%s", diff)
-	}
-}
-
-type failing struct{ err error }
-
-func (f *failing) Read([]byte) (int, error) { return 0, f.err }
-
-func TestLinesOfManyStreamsStayWhole(t *testing.T) {
-	const streams, lines = 8, 200
-	got := &output{}
-	m := &merger{w: got}
-	var wg sync.WaitGroup
-	for i := range streams {
-		wg.Go(func() {
-			r, w := io.Pipe()
-			wg.Go(func() {
-				defer w.Close()
-				for range lines {
-					// In two pieces, some longer than the buffer.
-					text := strings.Repeat(string(rune('a'+i)), 10+i*lineBuffer/4)
-					io.WriteString(w, text[:5])
-					io.WriteString(w, text[5:]+"\n")
-				}
-			})
-			if err := m.copy(r, nil); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	wg.Wait()
-	count := map[byte]int{}
-	for line := range strings.Lines(got.String()) {
-		line = strings.TrimSuffix(line, "\n")
-		if line == "" || strings.Trim(line, line[:1]) != "" || len(line) != 10+int(line[0]-'a')*lineBuffer/4 {
-			t.Fatalf("a line is mixed up: %d bytes beginning with %.20q", len(line), line)
-		}
-		count[line[0]]++
-	}
-	for i := range streams {
-		if n := count[byte('a'+i)]; n != lines {
-			t.Errorf("stream %d: %d lines, want %d", i, n, lines)
-		}
-	}
-}
-
-func TestColors(t *testing.T) {
-	plain, colored := &merger{}, &merger{color: true}
-	if diff := cmp.Diff("[web-0] ", string(plain.paint("web-0"))); diff != "" {
-		t.Errorf("without colours (-want +got):\n%s", diff)
-	}
-	first := string(colored.paint("web-0"))
-	if !strings.HasPrefix(first, "\x1b[") || !strings.HasSuffix(first, "m[web-0]\x1b[0m ") {
-		t.Errorf("painted %q", first)
-	}
-	if first != string(colored.paint("web-0")) {
-		t.Error("an instance changes its colour")
-	}
-	used := map[string]bool{}
-	for i := range 100 {
-		used[strings.SplitN(string(colored.paint(fmt.Sprint("web-", i))), "m", 2)[0]] = true
-	}
-	if len(used) != len(colors) {
-		t.Errorf("100 instances use %d colours, want %d", len(used), len(colors))
-	}
-
-	tests := map[string]struct{ line, want string }{
-		"a prefixed line":           {"[web-0] text [x] y\n", string(colored.paint("web-0")) + "text [x] y\n"},
-		"a line without a prefix":   {"text\n", "text\n"},
-		"a bracket that stays open": {"[text\n", "[text\n"},
-		"an empty line":             {"\n", "\n"},
-	}
-	for name, test := range tests {
-		t.Run(name, func(t *testing.T) {
-			prefix, rest, keep := colored.repaint([]byte(test.line))
-			if diff := cmp.Diff(test.want, string(prefix)+string(rest)); diff != "" || !keep {
-				t.Errorf("keep %v, line (-want +got):\n%s", keep, diff)
-			}
-		})
-	}
-}
-
 // logOf is the log of an instance that a test writes.
 type logOf struct {
 	mu      sync.Mutex
@@ -649,6 +549,8 @@ type logOf struct {
 	ended   bool
 	cut     int // streams are cut off when it changes
 	opened  []v1.TargetLogOptions
+	// noCursor leaves out the header, as older servers do.
+	noCursor bool
 }
 
 func (l *logOf) change(f func(*logOf)) {
@@ -707,8 +609,18 @@ func (l *logs) serve(w http.ResponseWriter, r *http.Request, _ string) {
 		if n := ptr.Deref(options.TailLines, -1); n >= 0 {
 			next[name] = max(0, len(log.lines)-int(n))
 		}
-		for options.ResumeAfter != "" && next[name] < len(log.lines) && log.lines[next[name]] <= options.ResumeAfter+" ~" {
-			next[name]++
+		if options.ResumeAfter != "" {
+			after := timeOf(l.t, options.ResumeAfter)
+			for next[name] < len(log.lines) && !timeOf(l.t, log.lines[next[name]]).After(after) {
+				next[name]++
+			}
+		}
+		if !options.AllInstances && !log.noCursor {
+			cursor := time.Time{}
+			if n := next[name]; n > 0 {
+				cursor = timeOf(l.t, log.lines[n-1])
+			}
+			w.Header().Set(cursorHeader, cursor.Format(time.RFC3339Nano))
 		}
 		log.mu.Unlock()
 	}
@@ -742,7 +654,7 @@ func (l *logs) serve(w http.ResponseWriter, r *http.Request, _ string) {
 				// Half a line is on its way when it breaks.
 				io.WriteString(out, "2026-01-01T00:00:59Z hal")
 				return errors.New("broken")
-			case running == 0:
+			case running == 0, !options.Follow:
 				return nil
 			}
 			if i, _, _ := reflect.Select(wake); i == 0 {
@@ -750,6 +662,16 @@ func (l *logs) serve(w http.ResponseWriter, r *http.Request, _ string) {
 			}
 		}
 	})
+}
+
+// timeOf returns the time of a line, or that of a cursor.
+func timeOf(t *testing.T, line string) time.Time {
+	stamp, _, _ := strings.Cut(line, " ")
+	parsed, err := time.Parse(time.RFC3339Nano, stamp)
+	if err != nil {
+		t.Error(err)
+	}
+	return parsed
 }
 
 func at(second int, text string) string {
@@ -804,19 +726,19 @@ func TestFollowSelected(t *testing.T) {
 	logs.of("web-0").write(at(1, "one"))
 	web := process("web")
 	server.apply(instances(web, map[string]int{"web-0": 0}))
-	expect("[web-0] one")
+	expect("[web/web-0] one")
 	logs.of("web-0").write(at(2, "two"))
-	expect("[web-0] two")
+	expect("[web/web-0] two")
 
 	// It gets an instance.
 	server.apply(instances(web, map[string]int{"web-0": 0, "web-1": 0}))
 	logs.of("web-1").write(at(3, "three"))
-	expect("[web-1] three")
+	expect("[web/web-1] three")
 
 	// Another target appears; one that isn't selected doesn't count.
 	server.apply(instances(process("db"), map[string]int{"db-0": 0}))
 	logs.of("db-0").write(at(4, "four"))
-	expect("[db-0] four")
+	expect("[db/db-0] four")
 
 	// An instance ends for good, and later runs anew: its old lines don't come
 	// again.
@@ -826,19 +748,17 @@ func TestFollowSelected(t *testing.T) {
 	logs.of("web-0").change(func(l *logOf) { l.ended = false })
 	logs.of("web-0").write(at(5, "five"))
 	server.apply(instances(web, map[string]int{"web-0": 1, "web-1": 0}))
-	expect("[web-0] five")
+	expect("[web/web-0] five")
 
 	// A stream breaks off in the middle of a line.
 	logs.of("web-1").change(func(l *logOf) { l.cut++ })
-	until(t, "the warning", func() bool {
-		return strings.HasSuffix(cmd.errOut.String(), lostWarning)
-	})
+	until(t, "the warning", func() bool { return strings.Contains(cmd.errOut.String(), lostWarning) })
 	logs.of("web-1").write(at(6, "six"))
-	expect("[web-1] six")
+	expect("[web/web-1] six")
 
 	// The target is deleted and created anew under its name.
 	logs.of("web-0").write(at(7, "seven"))
-	expect("[web-0] seven")
+	expect("[web/web-0] seven")
 	for _, name := range []string{"web-0", "web-1"} {
 		logs.of(name).change(func(l *logOf) { l.ended = true })
 	}
@@ -850,7 +770,7 @@ func TestFollowSelected(t *testing.T) {
 	again := process("web")
 	again.UID = types.UID("another")
 	server.apply(instances(again, map[string]int{"web-0": 0}))
-	expect("[web-0] eight")
+	expect("[web/web-0] eight")
 
 	cmd.cancel(terminated{syscall.SIGINT})
 	if code := cmd.wait(); code != 130 {
@@ -960,7 +880,7 @@ func TestFollowSelectedHasNoLimitOfTargets(t *testing.T) {
 	cmd := server.start(nil, "logs", "-f", "-l", "app=shop", "--prefix")
 	until(t, "all lines", func() bool { return strings.Count(cmd.out.String(), "\n") == targets })
 	for i := range targets {
-		if want := fmt.Sprintf("[t%d-0] line\n", i); strings.Count(cmd.out.String(), want) != 1 {
+		if want := fmt.Sprintf("[t%d/t%[1]d-0] line\n", i); strings.Count(cmd.out.String(), want) != 1 {
 			t.Fatalf("want %q once in the output", want)
 		}
 	}

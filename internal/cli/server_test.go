@@ -238,6 +238,13 @@ func (s *testServer) delete(name string) {
 	s.event(target, nil)
 }
 
+// watched says whether somebody watches targets.
+func (s *testServer) watched() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.watchers) > 0
+}
+
 func (s *testServer) seen() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -165,15 +165,15 @@ func TestDetach(t *testing.T) {
 
 func TestPrefixesAreColoredOnATerminalOnly(t *testing.T) {
 	server := newTestServer(t, process("web"))
-	server.log = func(w http.ResponseWriter, _ *http.Request, _ string) { io.WriteString(w, "[web-0] text\n") }
+	server.log = func(w http.ResponseWriter, _ *http.Request, _ string) { io.WriteString(w, "[web-0] "+at(1, "text")+"\n") }
 	args := []string{"--kubeconfig", server.kubeconfig(), "logs", "web", "--prefix"}
 	t.Setenv("TERM", "xterm")
 	for name, test := range map[string]struct {
 		noColor bool
 		want    string
 	}{
-		"colours":               {want: string((&merger{color: true}).paint("web-0")) + "text\r\n"},
-		"NO_COLOR is respected": {noColor: true, want: "[web-0] text\r\n"},
+		"colours":               {want: string((&lineStyle{color: true}).appendPrefix(nil, &origin{target: "web", instance: "web-0"})) + "text\r\n"},
+		"NO_COLOR is respected": {noColor: true, want: "[web/web-0] text\r\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Setenv("NO_COLOR", "1")
@@ -192,7 +192,7 @@ func TestPrefixesAreColoredOnATerminalOnly(t *testing.T) {
 		})
 	}
 	cmd := startWith(t, genericiooptions.IOStreams{}, args...)
-	if cmd.wait(); cmd.out.String() != "[web-0] text\n" {
+	if cmd.wait(); cmd.out.String() != "[web/web-0] text\n" {
 		t.Errorf("a file gets %q", cmd.out)
 	}
 }
