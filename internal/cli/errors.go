@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -37,6 +38,11 @@ func describe(err error) (message string, code int) {
 	}
 	if errors.Is(err, errFailed) {
 		return "", 1
+	}
+	var output *outputError
+	if errors.As(err, &output) && errors.Is(err, syscall.EPIPE) {
+		// Whoever read the output has had enough.
+		return "", 128 + int(syscall.SIGPIPE)
 	}
 	var aggregate utilerrors.Aggregate
 	if errors.As(err, &aggregate) && len(aggregate.Errors()) == 1 {

@@ -73,10 +73,10 @@ func (l *lineReader) next() (piece []byte, ended bool, err error) {
 			return piece, true, nil
 		}
 		l.seen = len(l.buf)
-		if n := len(l.buf) - l.from; n >= l.max {
-			n -= incomplete(l.buf[l.from:])
-			piece = l.buf[l.from : l.from+n]
-			l.from += n
+		if len(l.buf)-l.from >= l.max {
+			piece = l.buf[l.from : l.from+l.max]
+			piece = piece[:len(piece)-incomplete(piece)]
+			l.from += len(piece)
 			return piece, false, nil
 		}
 		if l.err != nil {
@@ -183,8 +183,9 @@ type merger struct {
 	done chan struct{} // closed when the writer has ended
 
 	// mu protects what follows, and the sources.
-	mu      sync.Mutex
-	room    sync.Cond // on mu: less is held, or the merger has ended
+	mu sync.Mutex
+	// waiting are the sources of which somebody waits in push.
+	waiting map[*lineSource]bool
 	sources map[*lineSource]bool
 	ids     int
 	heads   byHead // those with lines
@@ -222,6 +223,7 @@ type lineSource struct {
 	id    int // orders lines of the same time
 	state sourceState
 	lines []line
+	room  sync.Cond // on mu: less is held, or the merger has ended
 	// begun says that the last line that was pushed goes on.
 	begun bool
 	last  line
@@ -238,8 +240,8 @@ func newMerger(w io.Writer, style lineStyle) *merger {
 		wake:     make(chan struct{}, 1),
 		done:     make(chan struct{}),
 		sources:  map[*lineSource]bool{},
+		waiting:  map[*lineSource]bool{},
 	}
-	m.room.L = &m.mu
 	return m
 }
 
@@ -249,6 +251,7 @@ func (m *merger) source(state sourceState) *lineSource {
 	defer m.mu.Unlock()
 	m.ids++
 	s := &lineSource{m: m, id: m.ids, state: state}
+	s.room.L = &m.mu
 	m.sources[s] = true
 	m.waited[state]++
 	m.heard = m.clock.Now()
@@ -264,7 +267,9 @@ func (s *lineSource) push(l line) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for len(s.lines) > 0 && m.held >= mergeBudget && m.err == nil && !m.closing {
-		m.room.Wait()
+		m.waiting[s] = true
+		s.room.Wait()
+		delete(m.waiting, s)
 	}
 	if m.err != nil {
 		return m.err
@@ -347,6 +352,13 @@ func (m *merger) tell() {
 	}
 }
 
+// letIn wakes those who wait in push. mu is held.
+func (m *merger) letIn() {
+	for s := range m.waiting {
+		s.room.Signal()
+	}
+}
+
 // byHead is a heap of sources by the times of their first lines.
 type byHead []*lineSource
 
@@ -385,8 +397,8 @@ func (m *merger) run() {
 		out := m.out
 		m.out = spare[:0]
 		over := m.err != nil || m.closing && len(out) == 0
-		if m.held < mergeBudget || over {
-			m.room.Broadcast()
+		if m.held < mergeBudget {
+			m.letIn()
 		}
 		m.mu.Unlock()
 		if over {
@@ -488,6 +500,7 @@ func (m *merger) emit(s *lineSource, now time.Time) {
 		heap.Fix(&m.heads, index)
 	} else {
 		s.lines = nil
+		s.room.Signal() // others may wait for it
 		heap.Remove(&m.heads, index)
 		if m.sources[s] {
 			m.waited[s.state]++
@@ -540,7 +553,7 @@ func (m *merger) end(err error) {
 	if m.err == nil {
 		m.err = err
 	}
-	m.room.Broadcast()
+	m.letIn()
 	m.tell()
 }
 
@@ -548,7 +561,7 @@ func (m *merger) end(err error) {
 func (m *merger) finish() error {
 	m.mu.Lock()
 	m.closing = true
-	m.room.Broadcast()
+	m.letIn()
 	m.tell()
 	m.mu.Unlock()
 	<-m.done

@@ -54,8 +54,28 @@ func newLogsCommand(c *client) *cobra.Command {
 			Print the logs of an instance of a target, of all its instances, or of all targets
 			that a selector selects.
 
+			The logs of many instances are merged by time: what they have written so far exactly,
+			what they write while they are followed within a fifth of a second. A selector shows
+			the last 10 lines of each target, and with -f of each instance, unless --tail says
+			otherwise. There is no limit to the number of targets.
+
+			With -f, a lost connection is made anew, and the log goes on where it was: no line is
+			lost and none comes twice, whether the network, the API server or the target's server
+			was away. A server that says nothing for the time of --peer-timeout is taken for lost.
+			The user is told on standard error, but not with -q. The log of an instance ends when
+			the instance does, for good or until it runs anew.
+
 			With a selector, -f also follows targets that appear later or are created anew, until
-			it is interrupted.`),
+			it is interrupted. Instances that come while their target is followed are shown from
+			their first line. With -v=1, what comes and ends is told on standard error.
+
+			With -o json, each line is an object on a line of its own: time, namespace, target,
+			instance, line, and the stream if one was asked for by --stream. A line that isn't
+			UTF-8 has its bytes in base64, too. One of more than 64 KiB comes in several objects,
+			of which all but the last are partial.
+
+			--timestamps and --prefix say what stands before each line: [TARGET/INSTANCE], in
+			colour on a terminal unless NO_COLOR is set.`),
 		Example: templates.Examples(`
 			# Return snapshot logs from the first ready instance of target web
 			kubectl target logs web
@@ -68,6 +88,9 @@ func newLogsCommand(c *client) *cobra.Command {
 
 			# Begin streaming the logs of all targets with the label app=shop, those that come later too
 			kubectl target logs -f -l app=shop --all-instances --prefix
+
+			# Begin streaming what they write from now on, as JSON
+			kubectl target logs -f -l app=shop --all-instances --tail=0 -o json | jq -r 'select(.line | test("error")) | .instance'
 
 			# Return snapshot of the logs of the previous run of instance web-0
 			kubectl target logs -p web/web-0
@@ -87,12 +110,12 @@ func newLogsCommand(c *client) *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	flags.BoolVarP(&o.follow, "follow", "f", false, "Specify if the logs should be streamed.")
+	flags.BoolVarP(&o.follow, "follow", "f", false, "Specify if the logs should be streamed. A lost connection is made anew.")
 	flags.BoolVarP(&o.previous, "previous", "p", false, "If true, print the logs of the previous run of the instance, if there was one.")
 	flags.BoolVar(&o.timestamps, "timestamps", false, "Include timestamps on each line in the log output")
 	flags.BoolVar(&o.allInstances, "all-instances", false, "Get the logs of all instances of the target(s).")
-	flags.BoolVar(&o.prefix, "prefix", false, "Prefix each log line with the name of its instance")
-	flags.Int64Var(&o.tail, "tail", o.tail, "Lines of recent log file to display. Defaults to -1 with no selector, showing all log lines otherwise 10, if a selector is provided.")
+	flags.BoolVar(&o.prefix, "prefix", false, "Prefix each log line with its target and instance")
+	flags.Int64Var(&o.tail, "tail", o.tail, "Lines of recent log file to display, of each target or, with -f or --instance, each instance. Defaults to -1 with no selector, showing all log lines otherwise 10, if a selector is provided.")
 	flags.Int64Var(&o.limitBytes, "limit-bytes", 0, "Maximum bytes of logs to return, of each target if a selector is provided. Defaults to no limit.")
 	flags.DurationVar(&o.since, "since", 0, "Only return logs newer than a relative duration like 5s, 2m, or 3h. Defaults to all logs. Only one of since-time / since may be used.")
 	flags.StringVar(&o.sinceTime, "since-time", "", "Only return logs after a specific date (RFC3339). Defaults to all logs. Only one of since-time / since may be used.")

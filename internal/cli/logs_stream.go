@@ -8,6 +8,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strconv"
+	"strings"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -21,7 +23,9 @@ import (
 const (
 	// cursorHeader is the time after which a response's lines are.
 	cursorHeader = "X-Log-Cursor"
-	// endTrailer says why a log ended before its time.
+	// endTrailer says how a log ended: a status code, 200 for its end, and a
+	// text. The server sends it to those who have it in the request, and
+	// announces it: where it is missing then, the response was cut off.
 	endTrailer = "X-Log-End"
 	// maxOpening is how many logs are being opened at once.
 	maxOpening = 32
@@ -116,27 +120,39 @@ func (c *logClient) stream(ctx context.Context, target string, query *v1.TargetL
 		return err
 	}
 	defer body.Close()
+	_, announced := resp.Trailer[endTrailer]
 	err = read(resp, body)
 	var output *outputError
-	if errors.As(err, &output) {
+	switch {
+	case errors.As(err, &output):
 		return err
-	}
-	if reason := resp.Trailer.Get(endTrailer); reason != "" {
-		return &brokenLog{err: errors.New(reason), told: true}
-	}
-	if err != nil && context.Cause(ctx) == errUnheard {
-		err = errUnheard
-	}
-	if err != nil {
+	case context.Cause(ctx) == errUnheard:
+		return &brokenLog{err: errUnheard}
+	case err != nil:
 		return &brokenLog{err: err}
+	case announced:
+		return ending(resp.Trailer.Get(endTrailer))
 	}
 	return nil
+}
+
+// ending returns what the trailer of a log says.
+func ending(trailer string) error {
+	code, text, _ := strings.Cut(trailer, " ")
+	switch n, err := strconv.Atoi(code); {
+	case trailer == "":
+		return &brokenLog{err: io.ErrUnexpectedEOF}
+	case err == nil && n < http.StatusBadRequest:
+		return nil
+	default:
+		return &brokenLog{err: errors.New(text), told: true}
+	}
 }
 
 func (c *logClient) open(ctx context.Context, cancel context.CancelCauseFunc, target string, query *v1.TargetLogOptions) (*http.Response, io.ReadCloser, error) {
 	watchdog := time.AfterFunc(c.peerTimeout, func() { cancel(errUnheard) })
 	var resp *http.Response
-	body, err := c.subresource(http.MethodGet, target, "log").VersionedParams(query, scheme.ParameterCodec).
+	body, err := c.subresource(http.MethodGet, target, "log").SetHeader(endTrailer, "1").VersionedParams(query, scheme.ParameterCodec).
 		Stream(context.WithValue(ctx, responseKey{}, &resp))
 	watchdog.Stop()
 	if err != nil {

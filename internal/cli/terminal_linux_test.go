@@ -165,7 +165,9 @@ func TestDetach(t *testing.T) {
 
 func TestPrefixesAreColoredOnATerminalOnly(t *testing.T) {
 	server := newTestServer(t, process("web"))
-	server.log = func(w http.ResponseWriter, _ *http.Request, _ string) { io.WriteString(w, "[web-0] "+at(1, "text")+"\n") }
+	server.log = func(w http.ResponseWriter, _ *http.Request, _ string) {
+		io.WriteString(w, "[web-0] "+at(1, "text")+"\n")
+	}
 	args := []string{"--kubeconfig", server.kubeconfig(), "logs", "web", "--prefix"}
 	t.Setenv("TERM", "xterm")
 	for name, test := range map[string]struct {
