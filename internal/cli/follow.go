@@ -606,7 +606,7 @@ func (s *instanceStream) once() error {
 		s.mu.Unlock()
 		if s.instance.opened.IsZero() {
 			s.instance.opened = time.Now()
-			s.verbose("Following %s/%s.", s.origin.target, s.origin.instance)
+			s.verbose("Following %s.", s.origin)
 		}
 		if s.instance.cursor() == "" {
 			s.instance.before = resp.Header.Get(cursorHeader)
@@ -634,7 +634,7 @@ func (s *instanceStream) once() error {
 func (s *instanceStream) ended() {
 	s.to.close()
 	if s.ctx.Err() == nil {
-		s.verbose("The log of %s/%s has ended.", s.origin.target, s.origin.instance)
+		s.verbose("The log of %s has ended.", s.origin)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -129,6 +129,8 @@ type origin struct {
 	limit *byteLimit
 }
 
+func (o *origin) String() string { return ref{o.target, o.instance}.String() }
+
 // byteLimit is how much is printed of a target.
 type byteLimit struct {
 	left    int64 // belongs to the merger
@@ -511,20 +513,8 @@ func (m *merger) emit(s *lineSource, now time.Time) {
 	if m.style.timestamps && !m.style.json {
 		text = l.raw
 	}
-	if limit := l.from.limit; limit != nil {
-		if limit.left <= 0 {
-			return
-		}
-		size := int64(len(text))
-		if l.ends {
-			size++
-		}
-		if size >= limit.left {
-			text, l.ends = text[:min(int64(len(text)), limit.left)], true
-			limit.reached()
-		}
-		limit.left -= size
-	}
+	start := len(m.out)
+	defer func() { m.limit(l.from.limit, start) }()
 	if m.style.json {
 		m.out = m.style.appendJSON(m.out, l, text)
 		return
@@ -544,6 +534,29 @@ func (m *merger) emit(s *lineSource, now time.Time) {
 	} else {
 		m.open, m.openSince = s, now
 	}
+}
+
+// limit cuts off what goes beyond the limit of what was put into out.
+func (m *merger) limit(limit *byteLimit, start int) {
+	if limit == nil {
+		return
+	}
+	n := int64(len(m.out) - start)
+	if n >= limit.left {
+		limit.reached()
+	}
+	if n > limit.left {
+		m.open = nil
+		m.out = m.out[:start+int(limit.left)]
+		if limit.left > 0 {
+			m.out[len(m.out)-1] = '\n'
+		}
+		if m.style.json {
+			m.out = m.out[:start] // half an object is of no use
+		}
+		n = limit.left
+	}
+	limit.left -= n
 }
 
 // end makes everything fail from now on.

@@ -51,13 +51,13 @@ func newLogsCommand(c *client) *cobra.Command {
 		DisableFlagsInUseLine: true,
 		Short:                 "Print the logs of a target",
 		Long: templates.LongDesc(`
-			Print the logs of an instance of a target, of all its instances, or of all targets
-			that a selector selects.
+			Print the logs of an instance of a target, of all its instances, or of all instances
+			of the targets that a selector selects.
 
 			The logs of many instances are merged by time: what they have written so far exactly,
 			what they write while they are followed within a fifth of a second. A selector shows
-			the last 10 lines of each target, and with -f of each instance, unless --tail says
-			otherwise. There is no limit to the number of targets.
+			the last 10 lines of each instance, unless --tail says otherwise. There is no limit to
+			the number of targets.
 
 			With -f, a lost connection is made anew, and the log goes on where it was: no line is
 			lost and none comes twice, whether the network, the API server or the target's server
@@ -87,10 +87,10 @@ func newLogsCommand(c *client) *cobra.Command {
 			kubectl target logs -f web --all-instances --prefix
 
 			# Begin streaming the logs of all targets with the label app=shop, those that come later too
-			kubectl target logs -f -l app=shop --all-instances --prefix
+			kubectl target logs -f -l app=shop --prefix
 
 			# Begin streaming what they write from now on, as JSON
-			kubectl target logs -f -l app=shop --all-instances --tail=0 -o json | jq -r 'select(.line | test("error")) | .instance'
+			kubectl target logs -f -l app=shop --tail=0 -o json | jq -r 'select(.line | test("error")) | .instance'
 
 			# Return snapshot of the logs of the previous run of instance web-0
 			kubectl target logs -p web/web-0
@@ -113,9 +113,9 @@ func newLogsCommand(c *client) *cobra.Command {
 	flags.BoolVarP(&o.follow, "follow", "f", false, "Specify if the logs should be streamed. A lost connection is made anew.")
 	flags.BoolVarP(&o.previous, "previous", "p", false, "If true, print the logs of the previous run of the instance, if there was one.")
 	flags.BoolVar(&o.timestamps, "timestamps", false, "Include timestamps on each line in the log output")
-	flags.BoolVar(&o.allInstances, "all-instances", false, "Get the logs of all instances of the target(s).")
+	flags.BoolVar(&o.allInstances, "all-instances", false, "Get the logs of all instances of the target(s). Defaults to true with a selector.")
 	flags.BoolVar(&o.prefix, "prefix", false, "Prefix each log line with its target and instance")
-	flags.Int64Var(&o.tail, "tail", o.tail, "Lines of recent log file to display, of each target or, with -f or --instance, each instance. Defaults to -1 with no selector, showing all log lines otherwise 10, if a selector is provided.")
+	flags.Int64Var(&o.tail, "tail", o.tail, "Lines of recent log file to display, of each instance. Defaults to -1 with no selector, showing all log lines otherwise 10, if a selector is provided.")
 	flags.Int64Var(&o.limitBytes, "limit-bytes", 0, "Maximum bytes of logs to return, of each target if a selector is provided. Defaults to no limit.")
 	flags.DurationVar(&o.since, "since", 0, "Only return logs newer than a relative duration like 5s, 2m, or 3h. Defaults to all logs. Only one of since-time / since may be used.")
 	flags.StringVar(&o.sinceTime, "since-time", "", "Only return logs after a specific date (RFC3339). Defaults to all logs. Only one of since-time / since may be used.")
@@ -150,6 +150,10 @@ func (o *logsOptions) complete(cmd *cobra.Command, args []string, instance strin
 		}
 	default:
 		return util.UsageErrorf(cmd, "expected 'logs [-f] [-p] (TARGET[/INSTANCE] | -l SELECTOR)'.\nTARGET or target/NAME is a required argument for the logs command")
+	}
+	if o.selector != "" && !cmd.Flag("all-instances").Changed {
+		// As with pods, it is what runs that is selected.
+		o.allInstances = true
 	}
 	switch {
 	case o.since != 0 && o.sinceTime != "":

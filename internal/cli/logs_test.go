@@ -72,12 +72,15 @@ func TestLogOptions(t *testing.T) {
 			want: v1.TargetLogOptions{Stream: v1.LogStreamStdout}},
 		"a selector shows ten lines of each": {
 			args: []string{"-l", "app=shop"},
-			want: v1.TargetLogOptions{TailLines: ptr.To[int64](10), Timestamps: true, Prefix: true}},
+			want: v1.TargetLogOptions{TailLines: ptr.To[int64](10), AllInstances: true, Timestamps: true, Prefix: true}},
 		"a selector shows more lines when told": {
 			args: []string{"-l", "app=shop", "--tail=20"},
-			want: v1.TargetLogOptions{TailLines: ptr.To[int64](20), Timestamps: true, Prefix: true}},
+			want: v1.TargetLogOptions{TailLines: ptr.To[int64](20), AllInstances: true, Timestamps: true, Prefix: true}},
 		"a selector shows all lines when told": {
 			args: []string{"-l", "app=shop", "--tail=-1"},
+			want: v1.TargetLogOptions{AllInstances: true, Timestamps: true, Prefix: true}},
+		"a selector shows one instance of each when told": {
+			args: []string{"-l", "app=shop", "--tail=-1", "--all-instances=false"},
 			want: v1.TargetLogOptions{Timestamps: true, Prefix: true}},
 	}
 	for name, test := range tests {
@@ -788,7 +791,7 @@ func TestFollowSelectedFollowsOneInstance(t *testing.T) {
 	logs := &logs{t: t, logs: map[string]*logOf{}}
 	server.log = logs.serve
 	logs.of("web-1").write(at(1, "a"), at(2, "b"), at(3, "c"))
-	cmd := server.start(nil, "logs", "-f", "-l", "app=shop", "--tail=2", "--timestamps", "--limit-bytes=70")
+	cmd := server.start(nil, "logs", "-f", "-l", "app=shop", "--all-instances=false", "--tail=2", "--timestamps", "--limit-bytes=70")
 	until(t, "the tail", func() bool { return strings.Count(cmd.out.String(), "\n") == 2 })
 	// It ends; another instance takes its place.
 	logs.of("web-1").change(func(l *logOf) { l.ended = true })

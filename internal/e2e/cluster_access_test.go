@@ -693,7 +693,7 @@ func testAggregatedPlugin(t *testing.T, a *aggregated, namespace string) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	startLines(t, admin.command(ctx, binaries.kubectl, "target", "logs", "-n", namespace, "-f", "ticker", "--prefix")).
-		wait(t, "[ticker-0] tick 1\n[ticker-0] tick 2\n")
+		wait(t, "[ticker/ticker-0] tick 1\n[ticker/ticker-0] tick 2\n")
 }
 
 func testAggregatedKubectl(t *testing.T, a *aggregated, _ string) {

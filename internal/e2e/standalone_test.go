@@ -394,7 +394,7 @@ func TestPlugin(t *testing.T) {
 			t.Errorf("the last line of stderr is %q", got)
 		}
 		stamped := s.target("logs", "ticker", "--timestamps", "--prefix", "--limit-bytes", "60").stdout
-		if !regexp.MustCompile(`^\[ticker-0\] \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z tick 1\n`).MatchString(stamped) || len(stamped) != 60 {
+		if !regexp.MustCompile(`^\[ticker/ticker-0\] \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z tick 1\n`).MatchString(stamped) || len(stamped) != 60 {
 			t.Errorf("with times, prefix and a limit of 60 bytes: %q", stamped)
 		}
 		// The time of a line is a cursor: what follows it comes once.
@@ -404,7 +404,7 @@ func TestPlugin(t *testing.T) {
 			t.Errorf("after the first line: %q", tail(rest, 100))
 		}
 		all := s.target("logs", "-l", "streaming.aaserver.io/demo=true", "--all-instances", "--prefix").stdout
-		wantContains(t, "logs of all", all, "[web-0] web-0 listens", "[web-1] web-1 listens", "[ticker-0] tick 1", "[shell-0]")
+		wantContains(t, "logs of all", all, "[web/web-0] web-0 listens", "[web/web-1] web-1 listens", "[ticker/ticker-0] tick 1", "[shell/shell-0]")
 	})
 	t.Run("logs -f follows until its client goes", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -417,9 +417,9 @@ func TestPlugin(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		got := startLines(t, s.command(ctx, binaries.plugin, "logs", "-f", "-l", "streaming.aaserver.io/demo", "--all-instances", "--prefix"))
-		got.wait(t, "[web-0] ", "[web-1] ", "[ticker-0] ")
+		got.wait(t, "[web/web-0] ", "[web/web-1] ", "[ticker/ticker-0] ")
 		s.kubectl("scale", "target/web", "--replicas=3")
-		got.wait(t, "[web-2] web-2 listens")
+		got.wait(t, "[web/web-2] web-2 listens")
 		s.kubectl("scale", "target/web", "--replicas=2")
 	})
 	t.Run("port-forward", func(t *testing.T) {
