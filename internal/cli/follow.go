@@ -539,18 +539,20 @@ func (s *instanceStream) run() {
 		before := s.instance.position
 		err := s.once()
 		var output *outputError
+		var broken *brokenLog
 		switch {
 		case s.ctx.Err() != nil:
 			return
 		case err == nil && s.past:
 			s.past = false
+			s.to.set(sourceLive)
 			continue
 		case err == nil:
 			return
 		case errors.As(err, &output):
 			s.cancel(output)
 			return
-		case errors.Is(err, errUnheard) && s.instance.position == before && s.instance.cursor() != "" && isBroken(err):
+		case errors.Is(err, errUnheard) && errors.As(err, &broken) && s.instance.cursor() != "":
 			// Over HTTP/1.1 nobody knows whether a log is quiet or its server
 			// gone: it is opened anew, where it was.
 			continue
@@ -589,11 +591,6 @@ func (s *instanceStream) run() {
 		}
 		delay = min(2*delay, maxRetryDelay)
 	}
-}
-
-func isBroken(err error) bool {
-	var broken *brokenLog
-	return errors.As(err, &broken)
 }
 
 // once streams until the log ends or breaks off.

@@ -274,7 +274,10 @@ func TestFollowEndsWithARefusal(t *testing.T) {
 				}
 				cmd := server.start(nil, "logs", "-f", "web", flag)
 				until(t, "the line", func() bool { return cmd.out.String() == "first\n" })
-				until(t, "the watch", func() bool { return flag != "--all-instances" || server.watched() })
+				if flag == "--all-instances" {
+					until(t, "the watch", server.watched)
+					until(t, "the stream", func() bool { return len(logs.of("web-0").openings()) == 2 })
+				}
 				refuse.Store(true)
 				logs.of("web-0").change(func(l *logOf) { l.cut++ })
 				if code := cmd.wait(); code != 1 {
