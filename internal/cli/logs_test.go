@@ -322,11 +322,13 @@ func TestFollowResumesOneTarget(t *testing.T) {
 			logs.of("web-1").write(at(2, "two"))
 			var down atomic.Bool
 			turnedAway := make(chan struct{}, 1000)
-			server.intercept = func(w http.ResponseWriter, _ *http.Request) bool {
+			server.intercept = func(w http.ResponseWriter, r *http.Request) bool {
 				if !down.Load() {
 					return false
 				}
-				turnedAway <- struct{}{}
+				if strings.HasSuffix(r.URL.Path, "/log") {
+					turnedAway <- struct{}{}
+				}
 				writeError(w, apierrors.NewServiceUnavailable("starting"))
 				return true
 			}
@@ -381,12 +383,14 @@ func TestOneWarningForAllStreams(t *testing.T) {
 		server.apply(instances(process(name), map[string]int{name + "-0": 0}))
 	})
 	var down atomic.Bool
-	turnedAway := make(chan struct{}, 1000)
-	server.intercept = func(w http.ResponseWriter, _ *http.Request) bool {
+	turnedAway := make(chan string, 1000)
+	server.intercept = func(w http.ResponseWriter, r *http.Request) bool {
 		if !down.Load() {
 			return false
 		}
-		turnedAway <- struct{}{}
+		if strings.HasSuffix(r.URL.Path, "/log") {
+			turnedAway <- r.URL.Path
+		}
 		writeError(w, apierrors.NewServiceUnavailable("starting"))
 		return true
 	}
@@ -394,8 +398,9 @@ func TestOneWarningForAllStreams(t *testing.T) {
 	until(t, "all lines", func() bool { return strings.Count(cmd.out.String(), "\n") == targets })
 	down.Store(true)
 	each(func(name string) { logs.of(name + "-0").change(func(l *logOf) { l.cut++ }) })
-	for range targets {
-		<-turnedAway
+	// Each has noticed: some may be turned away twice before others once.
+	for noticed := map[string]bool{}; len(noticed) < targets; {
+		noticed[<-turnedAway] = true
 	}
 	each(func(name string) { logs.of(name + "-0").write(at(2, name)) })
 	down.Store(false)
