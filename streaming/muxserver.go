@@ -236,16 +236,13 @@ func (f *forwarder) permit(o muxOpening) error {
 	if err := o.check(); err != nil {
 		return err
 	}
-	if o.Listen && f.backend.Listen == nil {
-		return httpErrorf(http.StatusBadRequest, metav1.StatusReasonBadRequest, "there are no reverse forwards here")
-	}
-	if len(f.allowed) == 0 {
-		return nil
-	}
 	// A session whose ports were named is for those alone.
-	if o.Listen || o.Network == "unix" || !slices.Contains(f.allowed, o.Port) {
+	if len(f.allowed) > 0 && (o.Listen || o.Network == "unix" || !slices.Contains(f.allowed, o.Port)) {
 		return httpErrorf(http.StatusForbidden, metav1.StatusReasonForbidden,
 			"this session is for connections to the ports %v", f.allowed)
+	}
+	if o.Listen && f.backend.Listen == nil {
+		return httpErrorf(http.StatusBadRequest, metav1.StatusReasonBadRequest, "there are no reverse forwards here")
 	}
 	return nil
 }

@@ -422,6 +422,14 @@ func (c *countedStream) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// SetLinger lets a forwarded connection be reset, if the backend's can be.
+func (c *countedStream) SetLinger(seconds int) error {
+	if s, ok := c.Stream.(interface{ SetLinger(int) error }); ok {
+		return s.SetLinger(seconds)
+	}
+	return nil
+}
+
 // StatusClientGone is the result code of a session that its client ended
 // without a goodbye, as in nginx's logs; HTTP has none for it.
 const StatusClientGone = 499
