@@ -21,6 +21,10 @@ import (
 // refused.
 const muxBacklog = 64
 
+// muxIncoming is how many streams of the server may be without a header at a
+// time.
+const muxIncoming = 256
+
 // muxCloseTime is how long Close waits for the server's answer.
 const muxCloseTime = time.Second
 
@@ -46,8 +50,9 @@ type MuxClient struct {
 	reader <-chan struct{} // closed when nothing more is read
 
 	closing   sync.Once
-	mu        sync.Mutex // protects listeners
+	mu        sync.Mutex // protects the two below
 	listeners map[uint32]*muxListener
+	incoming  int // streams whose header hasn't come yet
 }
 
 // NewMuxClient starts a session on a WebSocket that was dialled with the
@@ -306,33 +311,39 @@ func (l *muxListener) Close() error {
 // accept takes a stream that the server opens. It is called by the reader.
 func (m *MuxClient) accept(s *MuxStream) bool {
 	m.mu.Lock()
-	listening := len(m.listeners) > 0
-	m.mu.Unlock()
-	if !listening {
+	defer m.mu.Unlock()
+	if len(m.listeners) == 0 || m.incoming >= muxIncoming {
 		return false
 	}
+	m.incoming++
 	m.conn.wg.Go(func() {
 		o, err := readOpening(s, m.opts.PeerTimeout)
+		if err == nil {
+			err = m.enqueue(s, o.Listener)
+		}
 		if err != nil {
 			s.answer(err)
-			return
 		}
 		m.mu.Lock()
-		defer m.mu.Unlock() // so that a listener that ends sees all that wait
-		l := m.listeners[o.Listener]
-		if l == nil {
-			err = httpErrorf(http.StatusGone, metav1.StatusReasonGone, "nobody listens any more")
-		} else {
-			select {
-			case l.pending <- s:
-			default:
-				err = httpErrorf(http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable,
-					"%d connections wait to be accepted already", muxBacklog)
-			}
-		}
-		if err != nil {
-			m.conn.wg.Go(func() { s.answer(err) })
-		}
+		defer m.mu.Unlock()
+		m.incoming--
 	})
 	return true
+}
+
+// enqueue hands a stream to its listener.
+func (m *MuxClient) enqueue(s *MuxStream, listener uint32) error {
+	m.mu.Lock() // so that a listener that ends sees all that wait
+	defer m.mu.Unlock()
+	l := m.listeners[listener]
+	if l == nil {
+		return httpErrorf(http.StatusGone, metav1.StatusReasonGone, "nobody listens any more")
+	}
+	select {
+	case l.pending <- s:
+		return nil
+	default:
+		return httpErrorf(http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable,
+			"%d connections wait to be accepted already", muxBacklog)
+	}
 }
