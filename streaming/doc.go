@@ -8,7 +8,8 @@
 //	                          channel.k8s.io, none; v5., v4.base64.channel.k8s.io,
 //	                          base64.channel.k8s.io
 //	              SPDY/3.1    v4.channel.k8s.io, v3., v2., channel.k8s.io
-//	portforward   WebSocket   SPDY/3.1+portforward.k8s.io (kubectl's tunnel);
+//	portforward   WebSocket   v1.mux.streaming.aaserver.io (our own: [MuxClient]);
+//	                          SPDY/3.1+portforward.k8s.io (kubectl's tunnel);
 //	                          v4.channel.k8s.io, v4.base64.channel.k8s.io, none (legacy)
 //	              SPDY/3.1    portforward.k8s.io
 //	log           HTTP        text/plain, flushed as it comes
@@ -36,7 +37,8 @@
 // reader is slow. Messages and frames are streamed, never collected. A SPDY
 // stream whose reader is slow buffers 1 MiB, and then holds up the other
 // streams of its connection: the protocol, as Kubernetes speaks it, has no
-// flow control for each stream.
+// flow control for each stream. A mux stream has: it buffers 256 KiB, more up to
+// 16 MiB if it is read fast over a long way, and holds up nobody.
 //
 // # Who is dead
 //
@@ -78,4 +80,10 @@
 // stream ended without a text, as client-go ends all forwards of a session at
 // the first text. A client that wants the text asks for it by
 // [HeaderErrorText].
+//
+// Over the mux protocol, docs/protocol.md, each connection is answered with a
+// Status, UDP and unix sockets are forwarded too, and the target's side can
+// listen for the client. [NewMuxClient] is the client's end of it. A reset of
+// either side reaches the other one as a reset, [ErrStreamReset]; a session that
+// ends under its connections resets them at the ports.
 package streaming

@@ -1,6 +1,7 @@
 package streaming
 
 import (
+	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
@@ -185,4 +186,53 @@ func cpu(b *testing.B) float64 {
 		b.Fatal(err)
 	}
 	return float64(u.Utime.Sec+u.Stime.Sec) + float64(u.Utime.Usec+u.Stime.Usec)/1e6
+}
+
+// BenchmarkMuxBesideStalled moves a MiB an operation over 100 connections of a
+// session, with and without one beside them whose client reads nothing, or
+// whose port does.
+func BenchmarkMuxBesideStalled(b *testing.B) {
+	const conns, unit, stalledPort = 100, 1 << 20, 1
+	for _, stalled := range []string{"none", "client", "port"} {
+		b.Run(stalled, func(b *testing.B) {
+			each := max(int64(b.N)*unit/conns, 1)
+			port := backend(b, func(c *net.TCPConn) {
+				io.CopyN(c, endless{}, each)
+				c.CloseWrite()
+				io.Copy(io.Discard, c)
+			})
+			s := servePortForward(b, PortForwardRequest{}, Options{}, func(ctx context.Context, to uint16) (PortStream, error) {
+				if to == stalledPort {
+					return newCountedBackend(), nil
+				}
+				return dialLoopback(ctx, to)
+			})
+			c := dialMux(b, s.URL, MuxOptions{})
+			defer c.Close()
+			if stalled != "none" {
+				stream := mustDial(b, c, stalledPort)
+				if stalled == "port" {
+					go io.Copy(stream, endless{}) // ends with the session
+				}
+				eventually(b, "a full window", func() bool {
+					stream.mu.Lock()
+					defer stream.mu.Unlock()
+					return stalled == "port" && stream.credit == 0 || stalled == "client" && stream.left == 0
+				})
+			}
+			b.SetBytes(unit)
+			b.ResetTimer()
+			var wg sync.WaitGroup
+			for range conns {
+				wg.Go(func() {
+					stream := mustDial(b, c, port)
+					if n, err := io.Copy(io.Discard, stream); n != each || err != nil {
+						b.Error(n, err)
+					}
+					stream.Close()
+				})
+			}
+			wg.Wait()
+		})
+	}
 }

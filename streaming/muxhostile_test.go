@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -301,6 +304,55 @@ func TestMuxClientRefusesFrames(t *testing.T) {
 		}
 		c.Close()
 	})
+}
+
+// TestMuxExampleOfTheDocumentation holds docs/protocol.md to what is sent.
+func TestMuxExampleOfTheDocumentation(t *testing.T) {
+	page, err := os.ReadFile("../docs/protocol.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, block := range regexp.MustCompile("(?s)```hex\n(.*?)```").FindAllSubmatch(page, -1) {
+		var frame []byte
+		for line := range strings.Lines(string(block[1])) {
+			line, _, _ = strings.Cut(line, "   ") // what it says
+			data, err := hex.DecodeString(strings.ReplaceAll(strings.TrimSpace(line), " ", ""))
+			if err != nil {
+				t.Fatal(err)
+			}
+			frame = append(frame, data...)
+		}
+		got = append(got, string(frame))
+	}
+
+	var want []string
+	port := make(chan uint16, 1)
+	s := servePortForward(t, PortForwardRequest{}, Options{}, func(_ context.Context, to uint16) (PortStream, error) {
+		port <- to
+		return newSilentBackend(), nil
+	})
+	ws := mustDialWebSocket(t, s.URL, MuxProtocol)
+	if len(got) != 4 {
+		t.Fatalf("the page has %d frames", len(got))
+	}
+	ws.WriteMessage(websocket.BinaryMessage, []byte(got[0]))
+	_, answer, err := ws.ReadMessage()
+	if err != nil || wait(t, port, "the dial") != 8080 {
+		t.Errorf("the page's opening isn't taken: %v", err)
+	}
+	ws.Close()
+	s.result(t)
+
+	header, _ := json.Marshal(muxOpening{Network: "tcp", Port: 8080})
+	want = append(want,
+		muxFrame(muxData, muxSYN, 1, opening(string(header))),
+		string(answer),
+		muxFrame(muxData, 0, 1, "hi\n"),
+		muxFrame(muxUpdate, muxFIN, 1, ""))
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("what is sent and what the page says (-want +got):\n%s", diff)
+	}
 }
 
 // FuzzMuxFrames throws bytes at the server's end.
