@@ -60,6 +60,7 @@ func TestWebSocketCloseIsAnswered(t *testing.T) {
 		"a command, the first version": {"channel.k8s.io", run(idle), ErrClientGone},
 		"a command amid its output":    {"v5.channel.k8s.io", run(yes), ErrClientGone},
 		"forwarding, the tunnel":       {"SPDY/3.1+portforward.k8s.io", forward, nil},
+		"forwarding, the mux protocol": {MuxProtocol, forward, nil},
 		"forwarding, the legacy form":  {"v4.channel.k8s.io", forward, nil},
 		"a log":                        {"binary.k8s.io", log, ErrClientGone},
 	}
@@ -158,6 +159,10 @@ func TestPausedClientHoldsNothingUp(t *testing.T) {
 		_, err := w.Write(rawFrame(0x82, frames.String()))
 		return err
 	}
+	multiplexed := func(w io.Writer) error {
+		_, err := w.Write(rawFrame(0x82, muxFrame(muxData, muxSYN, 1, opening(`{"network":"tcp","port":80}`))+muxFrame(muxUpdate, 0, 1, "", 1<<30)))
+		return err
+	}
 	cases := map[string]struct {
 		serve   func(w http.ResponseWriter, r *http.Request, flood func(io.Writer) error) error
 		headers string
@@ -168,6 +173,7 @@ func TestPausedClientHoldsNothingUp(t *testing.T) {
 		"a command over SPDY":      {command, overSPDY("v4.channel.k8s.io"), commandStreams, goAway},
 		"forwarding over SPDY":     {forward, overSPDY("portforward.k8s.io"), forwardStreams, goAway},
 		"forwarding by the tunnel": {forward, overWebSocket("SPDY/3.1+portforward.k8s.io"), tunnelled, closeFrame},
+		"forwarding by mux":        {forward, overWebSocket(MuxProtocol), multiplexed, closeFrame},
 		"the legacy forwarding":    {forward, overWebSocket("v4.channel.k8s.io"), nil, closeFrame},
 		"a log over WebSocket":     {log, overWebSocket("binary.k8s.io"), nil, closeFrame},
 		"a log over HTTP":          {log, "", nil, ""},

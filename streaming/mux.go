@@ -413,14 +413,17 @@ func (c *muxConn) put(opcode int, buf []byte, n int) error {
 	msg := c.seal(opcode, buf, n)
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
-	if err := c.over(); err != nil {
-		return err
+	err := c.over()
+	if err == nil {
+		err = c.write(msg, nil)
 	}
-	if err := c.write(msg, nil); err != nil {
-		return err
+	if err != nil && c.client {
+		err = ofServer(err)
 	}
-	c.lastData.Store(c.now())
-	return nil
+	if err == nil {
+		c.lastData.Store(c.now())
+	}
+	return err
 }
 
 // seal puts the WebSocket's header before a message, and masks the client's.

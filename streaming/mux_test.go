@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/gorilla/websocket"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 )
@@ -673,7 +674,7 @@ func TestMuxFindsDeadPeers(t *testing.T) {
 	stream := mustDial(t, c, backend(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) }))
 	close(proxy.dark)
 	wait(t, c.Done(), "the client to find out")
-	if err := c.Err(); !errors.Is(err, ErrPeerTimeout) {
+	if err := c.Err(); !errors.Is(err, ErrPeerTimeout) || err.Error() != "the server no longer answers" {
 		t.Errorf("the client: %v", err)
 	}
 	if _, err := stream.Read(make([]byte, 1)); !errors.Is(err, ErrPeerTimeout) {
@@ -702,5 +703,43 @@ func TestMuxQuietOrStalledIsNotDead(t *testing.T) {
 	}
 	if _, err := io.ReadFull(stream, make([]byte, 2*muxWindow)); err != nil {
 		t.Errorf("reading at last: %v", err)
+	}
+}
+
+func TestMuxCloseDoesNotWaitForAStuckServer(t *testing.T) {
+	upgrader := websocket.Upgrader{Subprotocols: []string{MuxProtocol}}
+	end := make(chan struct{})
+	s := newServer(t, func(w http.ResponseWriter, r *http.Request) error {
+		ws, err := upgrader.Upgrade(w, r, nil)
+		if err != nil {
+			return err
+		}
+		defer ws.Close()
+		// It accepts a stream, gives it a gigabyte, and reads no more.
+		ws.ReadMessage()
+		ws.WriteMessage(websocket.BinaryMessage, []byte(muxFrame(muxData, muxACK, 1, opening(`{"status":"Success"}`))+muxFrame(muxUpdate, 0, 1, "", 1<<30)))
+		<-end
+		return nil
+	})
+	defer close(end)
+	c := dialMux(t, s.URL, MuxOptions{})
+	stream := mustDial(t, c, 1)
+	var writer sync.WaitGroup
+	writer.Go(func() { io.Copy(stream, endless{}) })
+	eventually(t, "a write that is stuck", func() bool {
+		at := c.conn.sendStart.Load()
+		return at != 0 && c.conn.now()-at > int64(slowWrite)
+	})
+	began := time.Now()
+	c.Close()
+	if took := time.Since(began); took > muxCloseTime+2*time.Second {
+		t.Errorf("Close took %v", took)
+	}
+	writer.Wait()
+	if err := c.Err(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("it ended with %v", err)
+	}
+	if _, err := stream.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("a stream: %v", err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -105,12 +106,31 @@ func NewMuxClient(ws *websocket.Conn, opts MuxOptions) (*MuxClient, error) {
 	c.beat(func(bool) error { return c.signal(websocket.PingMessage, nil) })
 	m.reader = c.serve(func(err error) error {
 		if c.ctx.Err() == nil && errors.Is(err, ErrProtocol) {
-			c.signal(websocket.CloseMessage, websocket.FormatCloseMessage(websocket.CloseProtocolError, truncate(err.Error(), 120)))
+			c.signal(websocket.CloseMessage, websocket.FormatCloseMessage(websocket.CloseProtocolError, ""))
 		}
 		c.fail(err)
-		return context.Cause(c.ctx)
+		return m.Err()
 	})
 	return m, nil
+}
+
+// serverError says of the server what an error says of the client.
+type serverError struct {
+	text string
+	of   error
+}
+
+func (e *serverError) Error() string { return e.text }
+func (e *serverError) Unwrap() error { return e.of }
+
+// ofServer makes a serverError of those that need it.
+func ofServer(err error) error {
+	for _, of := range []error{ErrPeerTimeout, ErrProtocol} {
+		if errors.Is(err, of) {
+			return &serverError{strings.Replace(err.Error(), "the client", "the server", 1), of}
+		}
+	}
+	return err
 }
 
 // heard notes that the peer lives.
@@ -138,7 +158,7 @@ func (m *MuxClient) Err() error {
 	if m.conn.ctx.Err() == nil {
 		return nil
 	}
-	return context.Cause(m.conn.ctx)
+	return ofServer(context.Cause(m.conn.ctx))
 }
 
 // Close ends the session with all its streams, and waits for what it had
@@ -202,7 +222,7 @@ func (m *MuxClient) begin(ctx context.Context, o muxOpening, prepare func(*MuxSt
 	} else if errors.Is(err, ErrStreamReset) {
 		err = fmt.Errorf("the server doesn't take the connection: %w", err)
 	} else if err == io.EOF {
-		err = fmt.Errorf("%w: an answer is missing", ErrProtocol)
+		err = ofServer(fmt.Errorf("%w: an answer is missing", ErrProtocol))
 	}
 	s.Reset()
 	return nil, status, err

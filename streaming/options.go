@@ -124,14 +124,15 @@ var (
 	// ErrServerGone: the same of the server, at the client's end of a mux
 	// session.
 	ErrServerGone = errors.New("the server has closed the connection")
-	// ErrPeerTimeout: the other end gave no sign of life for
-	// Options.PeerTimeout, or took nothing for Options.StallTimeout.
-	ErrPeerTimeout = errors.New("the other end no longer answers")
+	// ErrPeerTimeout: the client gave no sign of life for Options.PeerTimeout,
+	// or took nothing for Options.StallTimeout. At the client's end of a mux
+	// session it is the server, and the text says so.
+	ErrPeerTimeout = errors.New("the client no longer answers")
 	// ErrSetupTimeout: the client didn't create the streams it promised within
 	// Options.SetupTimeout.
 	ErrSetupTimeout = errors.New("the client did not create its streams in time")
-	// ErrProtocol: the other end broke the protocol.
-	ErrProtocol = errors.New("the other end broke the protocol")
+	// ErrProtocol: the client broke the protocol; likewise.
+	ErrProtocol = errors.New("the client broke the protocol")
 	// ErrStreamReset: the other end gave up one stream. It ends that stream
 	// alone.
 	ErrStreamReset = errors.New("the stream was reset")
