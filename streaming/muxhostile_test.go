@@ -383,6 +383,11 @@ func FuzzMuxFrames(f *testing.F) {
 		n := min(int(cut), len(frames))
 		ws.WriteMessage(websocket.BinaryMessage, frames[:n])
 		ws.WriteMessage(websocket.BinaryMessage, frames[n:])
+		ws.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(websocket.CloseNormalClosure, ""))
+		for err := error(nil); err == nil; {
+			_, _, err = ws.ReadMessage()
+		}
+		ws.NetConn().(*net.TCPConn).SetLinger(0) // a port that waits is one less for the next ones
 		ws.Close()
 		wait(t, results, "the session to end")
 	})

@@ -136,6 +136,31 @@ func TestMuxIdleDatagramsEnd(t *testing.T) {
 	}
 }
 
+func TestMuxDatagramsThatNobodyTakes(t *testing.T) {
+	c, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	port, closed := uint16(c.LocalAddr().(*net.UDPAddr).Port), make(chan struct{}, 1)
+	c.Close()
+	s := serveMuxWith(t, PortForwardRequest{}, Options{}, dialUDP(closed))
+	client := dialMux(t, s.URL, MuxOptions{})
+	defer client.Close()
+	stream, err := client.Dial(testContext(t), Endpoint{Network: "udp", Port: port})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The kernel tells the server's next call, whichever it is.
+	eventually(t, "an error of writing", func() bool {
+		_, err := stream.Write([]byte("anybody?"))
+		return err != nil
+	})
+	wait(t, closed, "the backend to be closed")
+	if _, err := stream.Read(make([]byte, 10)); err != io.EOF {
+		t.Errorf("reading: %v", err)
+	}
+}
+
 // tcpListener is a PortListener on loopback.
 type tcpListener struct{ *net.TCPListener }
 

@@ -369,7 +369,7 @@ func (f *forwarder) joinMux(ctx context.Context, s *MuxStream, backend PortStrea
 	}
 
 	var wg sync.WaitGroup
-	lost := make(chan struct{}) // the backend takes no more of what the client sends
+	var lost bool // the backend takes no more of what the client sends
 	wg.Go(func() {
 		w := &markedWriter{w: w}
 		_, err := s.WriteTo(w)
@@ -379,32 +379,25 @@ func (f *forwarder) joinMux(ctx context.Context, s *MuxStream, backend PortStrea
 			if s.datagrams || backend.CloseWrite() != nil {
 				closeBackend(orderly)
 			}
+		case w.err != nil && s.datagrams: // nobody is there, which only one call tells
+			closeBackend(orderly)
 		case w.err != nil:
-			close(lost) // what the backend still says is passed on
+			lost = true // what the backend still says is passed on
 		default:
 			closeBackend(hangUp)
 		}
 		s.in.Close()
 	})
 	_, err := s.ReadFrom(r)
-	if err == nil && !s.datagrams {
+	if err == nil || s.datagrams {
 		s.CloseWrite()
-		select {
-		case <-lost: // FIN alone would hide that
-			s.Reset()
-		default:
-		}
-	} else if s.datagrams {
-		s.CloseWrite()
-		s.Reset()
-	} else {
+	}
+	if err != nil || s.datagrams {
 		s.Reset()
 	}
 	wg.Wait()
-	select {
-	case <-lost:
+	if lost { // FIN alone would hide that
 		s.Reset()
-	default:
 	}
 }
 
