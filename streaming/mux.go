@@ -91,9 +91,7 @@ type muxConn struct {
 	pingAt atomic.Int64 // when the ping that is under way was sent; 0 if none is
 	rttAt  atomic.Int64 // when rtt was measured
 
-	opening sync.Mutex // held while a stream is opened, so that IDs go up on the wire
-
-	mu      sync.Mutex // protects the three below; never held while writing
+	mu      sync.Mutex // protects the three below; taken before qmu
 	streams map[uint32]*MuxStream
 	nextID  uint32
 	ended   error // why no more streams can be opened
@@ -101,7 +99,7 @@ type muxConn struct {
 	lastID uint32 // the peer's last stream; the reader's
 
 	qmu      sync.Mutex // protects the three below; never held while writing
-	queue    []byte     // frames without data that wait to be written
+	queue    []byte     // frames that wait to be written: those without data, and openings
 	flushing bool       // a goroutine writes them
 	stopped  bool       // nothing more is queued or spawned
 	taken    chan struct{}
@@ -271,33 +269,26 @@ func (c *muxConn) lookup(id uint32, flags uint16) (*MuxStream, error) {
 	return nil, c.owe(muxUpdate, muxRST, id, 0)
 }
 
-// open opens a stream, whose first data is header. Before that prepare is
-// called.
+// open opens a stream, whose first data is header: less than its window.
+// Before that prepare is called, which must not block. It doesn't block
+// either: the frame is queued.
 func (c *muxConn) open(header []byte, prepare func(*MuxStream)) (*MuxStream, error) {
-	c.opening.Lock()
-	defer c.opening.Unlock()
 	c.mu.Lock()
-	if c.ended != nil || c.nextID > 1<<32-3 {
-		err := c.ended
-		c.mu.Unlock()
-		if err == nil {
-			err = errors.New("this connection has opened all the streams that it can")
-		}
-		return nil, err
+	defer c.mu.Unlock() // until it is queued, so that IDs go up on the wire
+	if c.ended != nil {
+		return nil, c.ended
+	}
+	if c.nextID > 1<<32-3 {
+		return nil, errors.New("this connection has opened all the streams that it can")
 	}
 	s := newMuxStream(c, c.nextID)
-	s.syn = true
+	s.credit -= int64(len(header))
 	c.streams[s.id] = s
 	c.nextID += 2
-	c.mu.Unlock()
 	if prepare != nil {
 		prepare(s)
 	}
-	if _, err := s.Write(header); err != nil {
-		s.end(err)
-		c.forget(s)
-		return nil, err
-	}
+	c.enqueue(appendMuxHeader(nil, muxData, muxSYN, s.id, uint32(len(header))), header)
 	return s, nil
 }
 
@@ -338,12 +329,18 @@ func (c *muxConn) owe(kind byte, flags uint16, id, value uint32) error {
 
 // say queues a frame without data. It doesn't block.
 func (c *muxConn) say(kind byte, flags uint16, id, value uint32) {
+	var head [muxHeader]byte
+	c.enqueue(appendMuxHeader(head[:0], kind, flags, id, value), nil)
+}
+
+// enqueue queues a frame.
+func (c *muxConn) enqueue(head, data []byte) {
 	c.qmu.Lock()
 	defer c.qmu.Unlock()
 	if c.stopped {
 		return
 	}
-	c.queue = appendMuxHeader(c.queue, kind, flags, id, value)
+	c.queue = append(append(c.queue, head...), data...)
 	if !c.flushing {
 		c.flushing = true
 		c.wg.Go(c.flush)
@@ -356,7 +353,8 @@ func (c *muxConn) flush() {
 	defer muxBuffers.Put(buf)
 	for {
 		c.qmu.Lock()
-		n := copy(buf[muxWebSocketHeader:muxWebSocketHeader+muxOwed], c.queue)
+		n := wholeFrames(c.queue, muxHeader+c.most())
+		copy(buf[muxWebSocketHeader:], c.queue[:n])
 		c.queue = c.queue[n:]
 		if len(c.queue) == 0 {
 			c.queue = nil
@@ -380,6 +378,24 @@ func (c *muxConn) spawn(f func()) bool {
 		c.wg.Go(f)
 	}
 	return !c.stopped
+}
+
+// wholeFrames is the length of the first frames of a queue that fit: others may
+// be written between two messages.
+func wholeFrames(queue []byte, most int) int {
+	for n := 0; ; {
+		if n == len(queue) {
+			return n
+		}
+		size := muxHeader
+		if queue[n+1] == muxData {
+			size += int(binary.BigEndian.Uint32(queue[n+8:]))
+		}
+		if n+size > most {
+			return n
+		}
+		n += size
+	}
 }
 
 // drain writes what is queued and lets nothing more be.
@@ -520,7 +536,7 @@ type MuxStream struct {
 	writable chan struct{} // capacity 1: look again
 
 	mu          sync.Mutex // protects all below; never held while writing
-	syn, ack    bool       // the next frame opens the stream, says that it was accepted
+	ack         bool       // the next frame says that the stream was accepted
 	credit      int64      // what may be written
 	err         error      // why nothing can be written any more
 	sent, ended bool       // our half, the peer's half has ended
@@ -670,13 +686,10 @@ func (c *muxConn) grow(n int) int {
 
 // flags are those of the stream's next frame. mu is held.
 func (s *MuxStream) flags() (flags uint16) {
-	if s.syn {
-		flags |= muxSYN
-	}
 	if s.ack {
-		flags |= muxACK
+		flags = muxACK
 	}
-	s.syn, s.ack = false, false
+	s.ack = false
 	return flags
 }
 

@@ -384,6 +384,28 @@ func TestMuxPassesResetsOn(t *testing.T) {
 	})
 }
 
+func TestMuxClosedStreamTakesNoMore(t *testing.T) {
+	closed, written := make(chan struct{}), make(chan error, 1)
+	port := backend(t, func(c *net.TCPConn) {
+		io.WriteString(c, "hello")
+		<-closed
+		_, err := io.Copy(c, endless{})
+		written <- err
+	})
+	s := servePortForward(t, PortForwardRequest{}, Options{}, dialLoopback)
+	stream := mustDial(t, dialMux(t, s.URL, MuxOptions{}), port)
+	if _, err := io.ReadFull(stream, make([]byte, 5)); err != nil { // all there is
+		t.Fatal(err)
+	}
+	if err := stream.Close(); err != nil {
+		t.Error(err)
+	}
+	close(closed)
+	if err := wait(t, written, "the backend to see that nobody reads"); err == nil {
+		t.Error("the backend could write all")
+	}
+}
+
 // countedBackend produces without end and takes nothing; it counts what was
 // taken from it.
 type countedBackend struct {
@@ -742,4 +764,68 @@ func TestMuxCloseDoesNotWaitForAStuckServer(t *testing.T) {
 	if _, err := stream.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("a stream: %v", err)
 	}
+}
+
+func TestMuxDialEndsWithItsContextOnAStuckConnection(t *testing.T) {
+	upgrader := websocket.Upgrader{Subprotocols: []string{MuxProtocol}}
+	end := make(chan struct{})
+	s := newServer(t, func(w http.ResponseWriter, r *http.Request) error {
+		ws, err := upgrader.Upgrade(w, r, nil)
+		if err != nil {
+			return err
+		}
+		defer ws.Close()
+		<-end
+		return nil
+	})
+	defer close(end)
+	c := dialMux(t, s.URL, MuxOptions{})
+	defer c.Close()
+	c.conn.wmu.Lock() // as a write that gets no further does
+	defer c.conn.wmu.Unlock()
+	enough := errors.New("enough")
+	ctx, cancel := context.WithTimeoutCause(context.Background(), 20*time.Millisecond, enough)
+	defer cancel()
+	for range 3 {
+		if _, err := c.Dial(ctx, Endpoint{Network: "tcp", Port: 1}); !errors.Is(err, enough) {
+			t.Errorf("got %v", err)
+		}
+	}
+}
+
+func TestMuxQueuedFramesAreWrittenWhole(t *testing.T) {
+	s := servePortForward(t, PortForwardRequest{}, Options{MaxForwards: 500}, dialLoopback)
+	port := echoBackend(t)
+	c := dialMux(t, s.URL, MuxOptions{})
+	defer c.Close()
+	first := mustDial(t, c, port)
+	instance := strings.Repeat("x", 3000)
+	c.conn.wmu.Lock() // until more wait than fits a message
+	var dials, echo sync.WaitGroup
+	for range 100 {
+		dials.Go(func() {
+			stream, err := c.Dial(testContext(t), Endpoint{Network: "tcp", Port: port, Instance: instance})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			stream.Reset()
+		})
+	}
+	data := random(t, 2<<20)
+	echo.Go(func() {
+		first.Write(data)
+		first.CloseWrite()
+	})
+	eventually(t, "a long queue", func() bool {
+		c.conn.qmu.Lock()
+		defer c.conn.qmu.Unlock()
+		return len(c.conn.queue) > 3*muxMessage
+	})
+	c.conn.wmu.Unlock()
+	dials.Wait()
+	if got, err := io.ReadAll(first); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("%d bytes came back that differ from the %d sent, %v", len(got), len(data), err)
+	}
+	echo.Wait()
 }

@@ -247,7 +247,8 @@ func (f *forwarder) permit(o muxOpening) error {
 	return nil
 }
 
-// finish lets go of a stream that is done with.
+// finish lets go of a stream that is done with. It is reset if the client may
+// still send.
 func (s *MuxStream) finish() {
 	s.mu.Lock()
 	over := s.sent && s.ended
@@ -338,7 +339,7 @@ func hangUp(conn PortStream) {
 }
 
 // joinMux copies both ways until both have ended, and closes the backend. A
-// half-close is passed on, and so is a reset.
+// half-close is passed on, and so is a reset. The caller finishes the stream.
 func (f *forwarder) joinMux(ctx context.Context, s *MuxStream, backend PortStream) {
 	var once sync.Once
 	closeBackend := func(how func(PortStream)) { once.Do(func() { how(backend) }) }
@@ -369,7 +370,6 @@ func (f *forwarder) joinMux(ctx context.Context, s *MuxStream, backend PortStrea
 	}
 
 	var wg sync.WaitGroup
-	var lost bool // the backend takes no more of what the client sends
 	wg.Go(func() {
 		w := &markedWriter{w: w}
 		_, err := s.WriteTo(w)
@@ -382,7 +382,8 @@ func (f *forwarder) joinMux(ctx context.Context, s *MuxStream, backend PortStrea
 		case w.err != nil && s.datagrams: // nobody is there, which only one call tells
 			closeBackend(orderly)
 		case w.err != nil:
-			lost = true // what the backend still says is passed on
+			// What the backend still says is passed on; then finish resets the
+			// stream.
 		default:
 			closeBackend(hangUp)
 		}
@@ -396,9 +397,6 @@ func (f *forwarder) joinMux(ctx context.Context, s *MuxStream, backend PortStrea
 		s.Reset()
 	}
 	wg.Wait()
-	if lost { // FIN alone would hide that
-		s.Reset()
-	}
 }
 
 // touching puts off the end of an idle connection.
