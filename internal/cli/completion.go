@@ -237,33 +237,3 @@ func (c *client) completeInstances(cmd *cobra.Command, args []string, toComplete
 	}
 	return candidates(instanceNames(target), toComplete), cobra.ShellCompDirectiveNoFileComp
 }
-
-// completeTargetThenPorts completes port-forward's arguments: a target, then
-// its ports by name and number, after the local port where one was typed.
-func (c *client) completeTargetThenPorts(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
-	if len(args) == 0 {
-		return c.completeRef(cmd.Context(), toComplete)
-	}
-	ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
-	defer cancel()
-	target, err := c.completedTarget(ctx, args)
-	if err != nil {
-		return failedCompletion(err)
-	}
-	local := ""
-	if before, _, ok := strings.Cut(toComplete, ":"); ok {
-		local = before + ":"
-	}
-	var names []string
-	for _, port := range target.Spec.Ports {
-		number := fmt.Sprint(port.Port)
-		given := slices.ContainsFunc(args[1:], func(arg string) bool {
-			remote := arg[strings.LastIndex(arg, ":")+1:]
-			return remote == port.Name || remote == number
-		})
-		if port.Protocol != "UDP" && !given {
-			names = append(names, local+port.Name, local+number)
-		}
-	}
-	return candidates(names, toComplete), cobra.ShellCompDirectiveNoFileComp
-}

@@ -1,24 +1,26 @@
 package cli
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/http"
-	"strconv"
+	"os"
+	"os/signal"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 	"k8s.io/kubectl/pkg/util/templates"
-	netutils "k8s.io/utils/net"
+	"k8s.io/utils/clock"
 
 	"aaserver.io/aaserver/apis/generated/clientset/versioned/scheme"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
@@ -26,35 +28,70 @@ import (
 )
 
 const (
-	// maxReason bounds what is printed of the reason for a refused connection.
-	maxReason = 4 << 10
-	// reasonTimeout bounds the wait for the reason, once a connection has
-	// ended.
-	reasonTimeout = 5 * time.Second
 	// acceptPause is waited after a connection couldn't be accepted, for want
 	// of file descriptors for example.
 	acceptPause = 100 * time.Millisecond
+	// listenerGrace is how long a port of a reverse forward is asked for again
+	// without a word and each listenerPause, once its listener has ended: the
+	// server may have to let go of it first, or the instance to start.
+	listenerGrace = 10 * time.Second
+	listenerPause = 500 * time.Millisecond
 )
 
 type portForwardOptions struct {
-	ref
-	ports     []portArg
+	targets   []*forwardedTarget
 	addresses []listenAddress
+	// ready is told when everything listens, nil if nobody asked.
+	ready *os.File
+	// json prints objects instead of sentences.
+	json bool
+}
+
+// forwardedTarget is a target with what is forwarded to it and from it, over
+// one session.
+type forwardedTarget struct {
+	ref
+	args []forwardArg
+	// several says that it isn't the only one.
+	several bool
 }
 
 func newPortForwardCommand(c *client) *cobra.Command {
 	o := &portForwardOptions{}
-	instance := ""
+	instance, output := "", ""
+	readyFD := -1
 	addresses := []string{"localhost"}
+	var reverse []string
 	cmd := &cobra.Command{
-		Use:                   "port-forward TARGET[/INSTANCE] [--instance INSTANCE] [options] [LOCAL_PORT:]REMOTE_PORT [...[LOCAL_PORT_N:]REMOTE_PORT_N]",
+		Use:                   "port-forward TARGET[/INSTANCE] [options] [LOCAL:]REMOTE... [-R [TARGET=]REMOTE_PORT:LOCAL]... [target/TARGET[/INSTANCE] [LOCAL:]REMOTE...]...",
 		DisableFlagsInUseLine: true,
-		Short:                 "Forward one or more local ports to a target",
+		Short:                 "Forward local ports and sockets to a target, or ports of a target to here",
 		Long: templates.LongDesc(`
-			Forward one or more local ports to a target.
+			Forward local ports and sockets to a target, or ports of a target to here.
 
-			A remote port is a number or the name of one of the target's ports. A connection
-			that the target refuses is reported and doesn't end the forwarding.`),
+			REMOTE is a port of the target by number or name, with '/udp' after a number that is
+			UDP's, or the absolute path of a unix socket on the target's host. LOCAL is a port, or
+			the path of a unix socket, which has a slash in it; it is made for its user alone.
+			Without LOCAL, the port is the remote one; with an empty or 0 one, any free port is
+			taken.
+
+			With -R, the target's host listens on REMOTE_PORT of its loopback address, 0 for any
+			free port, and connections to it are made here: to LOCAL, a port of localhost, HOST:PORT
+			or the path of a unix socket.
+
+			Several targets are forwarded at once by naming each of the others as target/NAME
+			before its own ports. A reverse forward belongs to the first target, if it doesn't
+			name another one.
+
+			Forwarding goes on until it is interrupted. Once the connection to the server was
+			lost, or the target was restarted or made anew, connections are reset that can't be
+			kept, and new ones wait for up to 30 seconds until there is a connection to the server
+			again. A connection that the target refuses is reported and doesn't end the
+			forwarding.
+
+			UDP, unix sockets and reverse forwards need a server that speaks the mux protocol,
+			through proxies that let WebSockets pass. Unix sockets and reverse forwards have to be
+			allowed by the target's class.`),
 		Example: templates.Examples(`
 			# Listen on ports 5000 and 6000 locally, forwarding data to/from ports 5000 and 6000 in target web
 			kubectl target port-forward web 5000 6000
@@ -69,224 +106,76 @@ func newPortForwardCommand(c *client) *cobra.Command {
 			kubectl target port-forward --address 0.0.0.0 web 8888:5000
 
 			# Listen on a random port locally, forwarding to 5000 in the target
-			kubectl target port-forward web :5000`),
-		ValidArgsFunction: c.completeTargetThenPorts,
+			kubectl target port-forward web :5000
+
+			# Forward the UDP port 5353 to the target's port 53
+			kubectl target port-forward dns 5353:53/udp
+
+			# Forward a local unix socket to port 8080, and port 2375 to a unix socket on the target's host
+			kubectl target port-forward web /tmp/web.sock:8080 2375:/run/docker.sock
+
+			# Have the target's host listen on port 9000, forwarding to port 3000 here
+			kubectl target port-forward web -R 9000:3000
+
+			# Forward to two targets at once
+			kubectl target port-forward web 8080:http target/db 5432
+
+			# For a script: wait until the ports listen, and learn which they are
+			kubectl target port-forward web :http -o json --ready-fd 3 3>ready >ports.json &`),
+		ValidArgsFunction: c.completePortForward,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) < 2 {
+			if len(args) == 0 || len(args) == 1 && len(reverse) == 0 {
 				return cmdutil.UsageErrorf(cmd, "TARGET and list of PORTS are required for port-forward")
 			}
 			var err error
-			if o.ref, err = parseRef(args[0], instance); err != nil {
+			if o.targets, err = parseForwards(args, reverse, instance); err != nil {
 				return cmdutil.UsageErrorf(cmd, "%v", err)
-			}
-			if o.ports, err = parsePorts(args[1:]); err != nil {
-				return err
 			}
 			if o.addresses, err = parseAddresses(addresses); err != nil {
 				return err
+			}
+			switch output {
+			case "":
+			case "json":
+				o.json = true
+			default:
+				return cmdutil.UsageErrorf(cmd, "--output=%s is not known: expected json", output)
+			}
+			if readyFD >= 0 {
+				if o.ready, err = openReady(readyFD); err != nil {
+					return cmdutil.UsageErrorf(cmd, "%v", err)
+				}
+				defer o.ready.Close()
 			}
 			return o.run(cmd.Context(), c)
 		},
 	}
 	cmd.Flags().StringSliceVar(&addresses, "address", addresses, "Addresses to listen on (comma separated). Only accepts IP addresses or localhost as a value. When localhost is supplied, kubectl will try to bind on both 127.0.0.1 and ::1 and will fail if neither of these addresses are available to bind.")
 	register(cmd, "address", cobra.NoFileCompletions)
+	cmd.Flags().StringArrayVarP(&reverse, "reverse", "R", nil, "[TARGET[/INSTANCE]=]REMOTE_PORT:LOCAL: have the target's host listen on REMOTE_PORT, and forward its connections to LOCAL, a port, HOST:PORT or the path of a unix socket. May be given more than once.")
+	register(cmd, "reverse", cobra.NoFileCompletions)
+	cmd.Flags().IntVar(&readyFD, "ready-fd", readyFD, "Number of an open file descriptor that gets a line, and is closed, once all ports and sockets listen. With it, one that can't be listened on ends the command.")
+	register(cmd, "ready-fd", cobra.NoFileCompletions)
+	cmd.Flags().StringVarP(&output, "output", "o", output, "Output format. One of: (json). Prints an object for each port and socket that is listened on; everything else goes to stderr.")
+	register(cmd, "output", cobra.FixedCompletions([]string{"json"}, cobra.ShellCompDirectiveNoFileComp))
 	addInstanceFlag(cmd, c, &instance)
 	return cmd
 }
 
-// portArg is one [LOCAL:]REMOTE of the command line.
-type portArg struct {
-	// local is the port to listen on, 0 for a random one.
-	local uint16
-	// sameLocal says that none was given: it is the remote port's number.
-	sameLocal bool
-	// remote is the remote port's number, 0 if it was named.
-	remote uint16
-	// name is the remote port's name.
-	name string
+// openReady takes over a file descriptor of this process.
+func openReady(fd int) (*os.File, error) {
+	if fd <= 2 {
+		return nil, fmt.Errorf("--ready-fd=%d is one of the standard streams: expected 3 or more, as in --ready-fd 3 3>file", fd)
+	}
+	file := os.NewFile(uintptr(fd), "ready-fd")
+	if file == nil {
+		return nil, fmt.Errorf("--ready-fd=%d is not a file descriptor", fd)
+	}
+	if _, err := file.Stat(); err != nil {
+		return nil, fmt.Errorf("--ready-fd=%d is not open: open it for the command, as in --ready-fd %[1]d %[1]d>file", fd)
+	}
+	return file, nil
 }
-
-// portPair is a portArg with its remote port found.
-type portPair struct {
-	local, remote uint16
-}
-
-func (p portPair) String() string { return fmt.Sprintf("{%d %d}", p.local, p.remote) }
-
-func parsePorts(args []string) ([]portArg, error) {
-	ports := make([]portArg, 0, len(args))
-	for _, arg := range args {
-		local, remote, both := strings.Cut(arg, ":")
-		if !both {
-			local, remote = "", arg
-		}
-		if strings.Contains(remote, ":") || remote == "" {
-			return nil, fmt.Errorf("invalid port format '%s'", arg)
-		}
-		port := portArg{sameLocal: !both}
-		if local != "" {
-			number, err := strconv.ParseUint(local, 10, 16)
-			if err != nil {
-				return nil, fmt.Errorf("invalid local port '%s': expected a number from 0 to 65535, where 0 is a random port", local)
-			}
-			port.local = uint16(number)
-		}
-		// The name of a port has a letter in it; anything else is meant to be
-		// a number.
-		if strings.ContainsAny(strings.ToLower(remote), "abcdefghijklmnopqrstuvwxyz") {
-			port.name = remote
-		} else {
-			number, err := strconv.ParseUint(remote, 10, 16)
-			if err != nil || number == 0 {
-				return nil, fmt.Errorf("invalid remote port '%s': expected a number from 1 to 65535 or the name of one of the target's ports", remote)
-			}
-			port.remote = uint16(number)
-		}
-		ports = append(ports, port)
-	}
-	return ports, nil
-}
-
-// resolvePorts finds named ports in the target's spec. target may be nil if no
-// port is named.
-func resolvePorts(args []portArg, target *v1.Target) ([]portPair, error) {
-	pairs := make([]portPair, 0, len(args))
-	for _, arg := range args {
-		pair := portPair{local: arg.local, remote: arg.remote}
-		if arg.name != "" {
-			port, err := namedPort(target, arg.name)
-			if err != nil {
-				return nil, err
-			}
-			pair.remote = port
-		}
-		if arg.sameLocal {
-			pair.local = pair.remote
-		}
-		pairs = append(pairs, pair)
-	}
-	return pairs, nil
-}
-
-func namedPort(target *v1.Target, name string) (uint16, error) {
-	var known []string
-	for _, port := range target.Spec.Ports {
-		if port.Name == name {
-			if port.Protocol == v1.ProtocolUDP {
-				return 0, fmt.Errorf("port %q of target %q is a UDP port: only TCP can be forwarded", name, target.Name)
-			}
-			return uint16(port.Port), nil
-		}
-		known = append(known, fmt.Sprintf("%s (%d)", port.Name, port.Port))
-	}
-	if len(known) == 0 {
-		return 0, fmt.Errorf("target %q has no port named %q: it lists no ports", target.Name, name)
-	}
-	if len(known) == 1 {
-		return 0, fmt.Errorf("target %q has no port named %q: its only port is %s", target.Name, name, known[0])
-	}
-	return 0, fmt.Errorf("target %q has no port named %q: its ports are %s", target.Name, name, strings.Join(known, ", "))
-}
-
-// listenAddress is a local address to listen on.
-type listenAddress struct {
-	network, host string
-	// alternative says that it is one of those that localhost stands for, of
-	// which one is enough.
-	alternative bool
-}
-
-func parseAddresses(args []string) ([]listenAddress, error) {
-	var addresses []listenAddress
-	seen := map[string]bool{}
-	add := func(a listenAddress) {
-		if !seen[a.host] {
-			seen[a.host] = true
-			addresses = append(addresses, a)
-		}
-	}
-	for _, arg := range args {
-		ip := netutils.ParseIPSloppy(arg)
-		switch {
-		case arg == "localhost":
-			add(listenAddress{network: "tcp4", host: "127.0.0.1", alternative: true})
-			add(listenAddress{network: "tcp6", host: "::1", alternative: true})
-		case ip == nil:
-			return nil, fmt.Errorf("%s is not a valid IP", arg)
-		case ip.To4() != nil:
-			add(listenAddress{network: "tcp4", host: arg})
-		default:
-			add(listenAddress{network: "tcp6", host: arg})
-		}
-	}
-	if len(addresses) == 0 {
-		return nil, errors.New("you must specify at least 1 address")
-	}
-	return addresses, nil
-}
-
-// query returns the request's options. The ports narrow the session, so that
-// the server can refuse them before anything has begun.
-func (o *portForwardOptions) query(pairs []portPair) *v1.TargetPortForwardOptions {
-	options := &v1.TargetPortForwardOptions{Instance: o.instance}
-	seen := map[uint16]bool{}
-	for _, pair := range pairs {
-		if !seen[pair.remote] {
-			seen[pair.remote] = true
-			options.Ports = append(options.Ports, int32(pair.remote))
-		}
-	}
-	return options
-}
-
-func (o *portForwardOptions) run(ctx context.Context, c *client) error {
-	err := o.forward(ctx, c)
-	if ctx.Err() != nil {
-		// ^C is how one ends a port-forward.
-		return nil
-	}
-	return err
-}
-
-func (o *portForwardOptions) forward(ctx context.Context, c *client) error {
-	conn, err := c.connect()
-	if err != nil {
-		return err
-	}
-	var target *v1.Target
-	for _, port := range o.ports {
-		if port.name != "" && target == nil {
-			if target, err = conn.clientset.StreamingV1().Targets(conn.namespace).Get(ctx, o.target, metav1.GetOptions{}); err != nil {
-				return err
-			}
-		}
-	}
-	pairs, err := resolvePorts(o.ports, target)
-	if err != nil {
-		return err
-	}
-	request := conn.subresource("POST", o.target, "portforward").VersionedParams(o.query(pairs), scheme.ParameterCodec)
-	if err := request.Error(); err != nil {
-		return err
-	}
-	remote, err := conn.dialPortForward(ctx, o.target, request.URL())
-	if err != nil {
-		return err
-	}
-	f := &forwarder{remote: remote, out: &lockedWriter{w: c.Out}, errOut: &lockedWriter{w: c.ErrOut}}
-	err = f.run(ctx, pairs, o.addresses)
-	if errors.Is(err, errLost) {
-		reason := ""
-		if cause := remote.transport.cause(); cause != nil {
-			reason = " (" + cause.Error() + ")"
-		}
-		return fmt.Errorf("the connection to the server was lost%s, and port-forwarding to target %q has ended: run the command again to go on", reason, o.target)
-	}
-	return err
-}
-
-// errLost ends a port-forward whose connection to the server has ended.
-var errLost = errors.New("lost connection")
 
 // lockedWriter lets many connections report.
 type lockedWriter struct {
@@ -300,96 +189,286 @@ func (l *lockedWriter) Write(p []byte) (int, error) {
 	return l.w.Write(p)
 }
 
-// forwarder is the client's side of the port-forward protocol: for each
-// connection an error stream and a data stream with the same request ID.
-type forwarder struct {
-	remote      *portForwardConnection
-	out, errOut io.Writer
-	requests    atomic.Int64
+func (o *portForwardOptions) run(ctx context.Context, c *client) error {
+	// That nobody reads any more what is printed is no reason to end.
+	unread := make(chan os.Signal, 1)
+	signal.Notify(unread, syscall.SIGPIPE)
+	defer signal.Stop(unread)
+	conn, err := c.connect()
+	if err != nil {
+		return err
+	}
+	f := &forwarder{
+		options: o,
+		conn:    conn,
+		out:     &lockedWriter{w: c.Out},
+		errOut:  &lockedWriter{w: c.ErrOut},
+	}
+	f.human = f.out
+	if o.json {
+		f.human = f.errOut
+	}
+	err = f.run(ctx)
+	if ctx.Err() != nil {
+		// ^C is how one ends a port-forward.
+		return nil
+	}
+	return err
 }
 
-// run forwards until ctx ends or the connection to the server is lost, and
-// returns when nothing of it is left.
-func (f *forwarder) run(ctx context.Context, pairs []portPair, addresses []listenAddress) error {
-	var running sync.WaitGroup
-	defer running.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer f.remote.Close()
+// forwarder is a port-forward that runs.
+type forwarder struct {
+	options *portForwardOptions
+	conn    *connection
+	// human has what is said about connections; it is out or errOut.
+	out, human, errOut io.Writer
+	running            sync.WaitGroup
+}
 
-	var listeners []net.Listener
+// run forwards until ctx ends, and returns when nothing of it is left. It
+// begins with all that can fail: sessions, then ports and sockets.
+func (f *forwarder) run(ctx context.Context) error {
+	var routes []*route
+	var failed []forward
 	defer func() {
-		for _, listener := range listeners {
-			listener.Close()
+		f.running.Wait()
+		for _, r := range routes {
+			if r.listener != nil {
+				_ = r.listener.Close()
+			}
 		}
 	}()
-	listening := false
-	for _, pair := range pairs {
-		opened, port, err := f.listen(pair, addresses)
-		listeners = append(listeners, opened...)
+	ctx, cancel := context.WithCancel(ctx)
+	defer func() {
+		cancel()
+		for _, r := range routes {
+			if r.from != nil {
+				_ = r.from.Close()
+			}
+		}
+	}()
+	for _, target := range f.options.targets {
+		keeper, forwards, err := f.open(ctx, target)
 		if err != nil {
-			fmt.Fprintf(f.errOut, "Unable to listen on port %d: %v\n", pair.local, err)
-			continue
+			return err
 		}
-		listening = true
-		for _, listener := range opened {
-			running.Go(func() { f.accept(ctx, listener, portPair{local: port, remote: pair.remote}, &running) })
+		f.running.Go(func() { keeper.run(ctx) })
+		for _, forward := range forwards {
+			opened, err := f.listen(ctx, target, keeper, forward)
+			switch {
+			case err == nil:
+				routes = append(routes, opened...)
+			case forward.reverse || f.options.ready != nil:
+				return err
+			default:
+				fmt.Fprintf(f.errOut, "Unable to listen on %s: %v\n", forward.local.kind(), err)
+				failed = append(failed, forward)
+			}
 		}
 	}
-	if !listening {
-		return fmt.Errorf("unable to listen on any of the requested ports: %v", pairs)
+	if len(routes) == 0 {
+		return fmt.Errorf("unable to listen on any of the requested ports: %v", failed)
 	}
-	select {
-	case <-ctx.Done():
-		return nil
-	case <-f.remote.CloseChan():
-		return errLost
+	for _, r := range routes {
+		f.announce(r)
 	}
+	if ready := f.options.ready; ready != nil {
+		_, err := io.WriteString(ready, "ready\n")
+		if err := errors.Join(err, ready.Close()); err != nil {
+			return fmt.Errorf("telling that all ports are ready: %w", err)
+		}
+	}
+	for _, r := range routes {
+		f.running.Go(func() {
+			if r.reverse {
+				f.serveReverse(ctx, r)
+			} else {
+				f.serve(ctx, r)
+			}
+		})
+	}
+	<-ctx.Done()
+	return nil
 }
 
-// listen opens the listeners of one port. With a random port, all addresses
-// get the same one.
-func (f *forwarder) listen(pair portPair, addresses []listenAddress) (opened []net.Listener, port uint16, err error) {
-	var failures []error
-	alternatives, found, fatal := 0, 0, false
-	port = pair.local
-	for _, address := range addresses {
-		if address.alternative {
-			alternatives++
+// open makes the session with a target.
+func (f *forwarder) open(ctx context.Context, target *forwardedTarget) (*keeper, []forward, error) {
+	var object *v1.Target
+	if slices.ContainsFunc(target.args, func(a forwardArg) bool { return a.name != "" }) {
+		var err error
+		if object, err = f.conn.clientset.StreamingV1().Targets(f.conn.namespace).Get(ctx, target.target, metav1.GetOptions{}); err != nil {
+			return nil, nil, err
 		}
-		listener, err := net.Listen(address.network, net.JoinHostPort(address.host, strconv.Itoa(int(port))))
+	}
+	forwards, err := resolve(target.args, object)
+	if err != nil {
+		return nil, nil, err
+	}
+	request := f.conn.subresource("POST", target.target, "portforward").VersionedParams(target.query(forwards), scheme.ParameterCodec)
+	if err := request.Error(); err != nil {
+		return nil, nil, err
+	}
+	u := request.URL()
+	// A server that spoke the mux protocol still does: that it can't be
+	// reached by WebSocket for a moment doesn't make it forget UDP.
+	mux, first := false, true
+	patience := min(connectTimeout, f.conn.peerTimeout)
+	keeper, err := newKeeper(ctx, target.String(), f.errOut, func(ctx context.Context) (tunnel, error) {
+		ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the server at %s hasn't answered for %v", f.conn.config.Host, patience))
+		defer cancel()
+		t, err := f.conn.dialPortForward(ctx, target.target, u, mux)
 		if err != nil {
-			failures = append(failures, fmt.Errorf("unable to create listener: Error %w", err))
-			fatal = fatal || !address.alternative
-			continue
+			return nil, cmp.Or(context.Cause(ctx), err)
 		}
-		if address.alternative {
-			found++
+		if first {
+			for _, forward := range forwards {
+				if err := t.supports(forward); err != nil {
+					return nil, errors.Join(err, t.Close())
+				}
+			}
 		}
-		opened = append(opened, listener)
-		port = uint16(listener.Addr().(*net.TCPAddr).Port)
+		_, mux = t.(muxTunnel)
+		first = false
+		return t, nil
+	})
+	return keeper, forwards, err
+}
+
+// query returns the request's options. Ports narrow the session, so that the
+// server can refuse them before anything has begun; it is for nothing else
+// then.
+func (t *forwardedTarget) query(forwards []forward) *v1.TargetPortForwardOptions {
+	options := &v1.TargetPortForwardOptions{Instance: t.instance}
+	for _, f := range forwards {
+		if f.reverse || f.remote.Network == "unix" {
+			options.Ports = nil
+			return options
+		}
+		if port := int32(f.remote.Port); !slices.Contains(options.Ports, port) {
+			options.Ports = append(options.Ports, port)
+		}
 	}
-	if fatal || alternatives > 0 && found == 0 {
-		for _, listener := range opened {
-			listener.Close()
-		}
-		return nil, 0, fmt.Errorf("listeners failed to create with the following errors: %v", failures)
+	return options
+}
+
+// route is a forward that listens, at one address of those it may have.
+type route struct {
+	forward
+	target *forwardedTarget
+	keeper *keeper
+	// at is where a local one listens, and from where its connections come.
+	at   localEnd
+	from acceptor
+	// session is what a reverse one listens on, by listener.
+	session  *session
+	listener streaming.PortListener
+}
+
+// remoteName names the target's side, with the target where it isn't plain.
+func (r *route) remoteName() string {
+	if r.reverse || r.target.several {
+		return r.target.String() + ":" + endpointName(r.remote)
 	}
+	return endpointName(r.remote)
+}
+
+// localName names this side for messages about connections.
+func (r *route) localName() string {
+	at := r.at
+	if !r.reverse {
+		at.host = ""
+	}
+	return at.String()
+}
+
+// ends are the names of where connections come from and where they go.
+func (r *route) ends() (from, to string) {
+	if r.reverse {
+		return r.remoteName(), r.localName()
+	}
+	return r.localName(), r.remoteName()
+}
+
+// listen opens what a forward needs to take connections.
+func (f *forwarder) listen(ctx context.Context, target *forwardedTarget, keeper *keeper, forward forward) (routes []*route, err error) {
+	if forward.reverse {
+		r := &route{forward: forward, target: target, keeper: keeper, at: forward.local}
+		ctx, cancel := context.WithTimeoutCause(ctx, connectTimeout, errNoAnswer)
+		defer cancel()
+		s, err := keeper.acquire(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err := r.listenOn(ctx, s, false); err != nil {
+			return nil, fmt.Errorf("target %q can't listen on port %d: %w", target, forward.remote.Port, err)
+		}
+		return []*route{r}, nil
+	}
+	opened, err := forward.local.listen(f.options.addresses)
 	for _, listener := range opened {
-		fmt.Fprintf(f.out, "Forwarding from %s -> %d\n", listener.Addr(), pair.remote)
+		routes = append(routes, &route{forward: forward, target: target, keeper: keeper, at: listener.at, from: listener})
 	}
-	return opened, port, nil
+	return routes, err
 }
 
-// accept forwards the connections of a listener until it is closed.
-func (f *forwarder) accept(ctx context.Context, listener net.Listener, pair portPair, running *sync.WaitGroup) {
+// announced is a route in JSON. Its fields are for scripts: they stay.
+type announced struct {
+	Namespace string `json:"namespace"`
+	Target    string `json:"target"`
+	Instance  string `json:"instance,omitempty"`
+	// Direction is "forward", from local to remote, or "reverse".
+	Direction string       `json:"direction"`
+	Local     announcedEnd `json:"local"`
+	Remote    announcedEnd `json:"remote"`
+}
+
+// announcedEnd has an address and port, or a path.
+type announcedEnd struct {
+	// Protocol is "tcp", "udp" or "unix".
+	Protocol string `json:"protocol"`
+	Address  string `json:"address,omitempty"`
+	Port     uint16 `json:"port,omitempty"`
+	Path     string `json:"path,omitempty"`
+}
+
+// announce tells the user of a route that listens.
+func (f *forwarder) announce(r *route) {
+	if !f.options.json {
+		to := r.remoteName()
+		from := r.at.String()
+		if r.at.network == "udp" {
+			from = withProtocol("udp", from)
+		}
+		if r.reverse {
+			from, to = to, from
+		}
+		fmt.Fprintf(f.out, "Forwarding from %s -> %s\n", from, to)
+		return
+	}
+	a := announced{
+		Namespace: f.conn.namespace,
+		Target:    r.target.target,
+		Instance:  r.target.instance,
+		Direction: "forward",
+		Local:     announcedEnd{r.at.network, r.at.host, r.at.port, r.at.path},
+		Remote:    announcedEnd{Protocol: r.remote.Network, Port: r.remote.Port, Path: r.remote.Path},
+	}
+	if r.reverse {
+		a.Direction = "reverse"
+	}
+	_ = json.NewEncoder(f.out).Encode(a)
+}
+
+// accept forwards the connections of an acceptor until it is closed.
+func (f *forwarder) accept(ctx context.Context, r *route, from acceptor, forward func(context.Context, stream) error) {
+	name, to := r.ends()
 	for {
-		conn, err := listener.Accept()
+		conn, err := from.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
 		if err != nil {
-			fmt.Fprintf(f.errOut, "error: accepting a connection for %d: %v\n", pair.local, err)
+			fmt.Fprintf(f.errOut, "error: accepting a connection for %s: %v\n", name, err)
 			select {
 			case <-ctx.Done():
 				return
@@ -397,134 +476,187 @@ func (f *forwarder) accept(ctx context.Context, listener net.Listener, pair port
 			}
 			continue
 		}
-		running.Go(func() {
-			fmt.Fprintf(f.out, "Handling connection for %d\n", pair.local)
-			if err := f.handle(ctx, conn.(*net.TCPConn), pair.remote); err != nil && ctx.Err() == nil {
-				fmt.Fprintf(f.errOut, "error: forwarding %d -> %d: %v\n", pair.local, pair.remote, err)
+		f.running.Go(func() {
+			fmt.Fprintf(f.human, "Handling connection for %s\n", name)
+			if err := forward(ctx, conn); err != nil && ctx.Err() == nil {
+				fmt.Fprintf(f.errOut, "error: forwarding %s -> %s: %s\n", name, to, sentence(err))
 			}
 		})
 	}
 }
 
-// handle forwards one connection and returns when both sides have ended, with
-// an error if the target didn't take it. Each direction ends by itself; a reset
-// of either side becomes a reset of the other.
-func (f *forwarder) handle(ctx context.Context, local *net.TCPConn, port uint16) error {
-	abortLocal := func() {
-		_ = local.SetLinger(0)
-		_ = local.Close()
+// serve forwards what comes in locally.
+func (f *forwarder) serve(ctx context.Context, r *route) {
+	f.accept(ctx, r, r.from, func(ctx context.Context, local stream) error {
+		s, remote, err := r.keeper.connect(ctx, r.remote)
+		if err != nil {
+			refuse(local)
+			return err
+		}
+		defer r.keeper.release(s)
+		refused, ok := errors.AsType[*refusedError](join(ctx, s.Done(), local, remote))
+		if !ok {
+			// That a connection was cut short is seen by who uses it.
+			return nil
+		}
+		r.keeper.refused(ctx, s)
+		return refused
+	})
+}
+
+// refuse ends a connection that can't be forwarded.
+func refuse(local stream) {
+	if f, ok := local.(*flow); ok {
+		f.refuse()
+		return
 	}
-	headers := http.Header{}
-	headers.Set(corev1.StreamType, corev1.StreamTypeError)
-	headers.Set(corev1.PortHeader, strconv.Itoa(int(port)))
-	headers.Set(corev1.PortForwardRequestIDHeader, strconv.FormatInt(f.requests.Add(1)-1, 10))
-	headers.Set(streaming.HeaderErrorText, "true")
-	errorStream, err := f.remote.CreateStream(headers)
-	if err != nil {
-		abortLocal()
-		return fmt.Errorf("creating the error stream: %w", err)
+	_ = local.Reset()
+}
+
+// serveReverse forwards what comes in on the target's side, where it listens
+// anew on each session.
+func (f *forwarder) serveReverse(ctx context.Context, r *route) {
+	for {
+		f.acceptReverse(ctx, r)
+		pauses := retries.DelayWithReset(clock.RealClock{}, settled)
+		told, ended := "", time.Now()
+		for r.listener == nil {
+			s, err := r.keeper.acquire(ctx)
+			if err != nil {
+				return
+			}
+			soon := time.Since(ended) < listenerGrace
+			chosen := r.remote.Port
+			if err = r.listenOn(ctx, s, !soon); err == nil {
+				if told != "" {
+					fmt.Fprintf(f.errOut, "Target %q listens on port %d again.\n", r.target, r.remote.Port)
+				}
+				if r.remote.Port != chosen {
+					f.announce(r)
+				}
+				break
+			}
+			if stale(err) && r.keeper.renew(ctx, s) {
+				continue
+			}
+			if ctx.Err() != nil {
+				return
+			}
+			pause := listenerPause
+			if !soon {
+				pause = pauses()
+				if reason := sentence(err); reason != told && !closed(s.Done()) {
+					told = reason
+					fmt.Fprintf(f.errOut, "Target %q can't listen on port %d: %s. It is tried again until it can.\n", r.target, r.remote.Port, reason)
+				}
+			}
+			if !r.pause(ctx, s, pause) {
+				return
+			}
+		}
 	}
-	defer f.remote.RemoveStreams(errorStream)
-	defer errorStream.Reset()
-	// Nothing is ever sent on it.
-	_ = errorStream.Close()
+}
 
-	headers.Del(streaming.HeaderErrorText)
-	headers.Set(corev1.StreamType, corev1.StreamTypeData)
-	data, err := f.remote.CreateStream(headers)
-	if err != nil {
-		abortLocal()
-		timer := time.AfterFunc(reasonTimeout, func() { _ = errorStream.Reset() })
-		defer timer.Stop()
-		if text := readReason(errorStream); text != "" {
-			return errors.New(text)
-		}
-		return fmt.Errorf("creating the data stream: %w", err)
-	}
-	defer f.remote.RemoveStreams(data)
-	defer data.Reset()
-	reset := f.remote.transport.resetOf(data.Identifier())
-	defer f.remote.transport.forget(data.Identifier())
-
-	abort := sync.OnceFunc(func() {
-		abortLocal()
-		_ = data.Reset()
-	})
-	stop := context.AfterFunc(ctx, abort)
-	defer stop()
-
-	reason := make(chan string, 1)
-	var copying, reading sync.WaitGroup
-	reading.Go(func() {
-		text := readReason(errorStream)
-		if text != "" {
-			abort()
-		}
-		reason <- text
-	})
-
-	received := int64(0)
-	remoteDone := make(chan struct{})
-	localDone := make(chan struct{})
-	copying.Go(func() {
-		defer close(remoteDone)
-		n, err := io.Copy(local, data)
-		received = n
-		// The SPDY library shows all of this as the end of the stream.
-		if err != nil || ctx.Err() != nil || closed(reset) || closed(f.remote.CloseChan()) {
-			abort()
-			return
-		}
-		_ = local.CloseWrite()
-	})
-	copying.Go(func() {
-		defer close(localDone)
-		if _, err := io.Copy(data, local); err != nil {
-			abort()
-			return
-		}
-		_ = data.Close()
-	})
-	// The target may reset the connection after it has ended its own direction.
-	copying.Go(func() {
-		<-remoteDone
+// acceptReverse forwards until the listener ends: with its session, when that
+// is replaced, or because the server closed it.
+func (f *forwarder) acceptReverse(ctx context.Context, r *route) {
+	s, over := r.session, make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() {
 		select {
-		case <-localDone:
-		case <-reset:
-			abort()
-		case <-f.remote.CloseChan():
-			abort()
+		case <-ctx.Done():
+		case <-s.Done():
+		case <-s.replaced:
+		case <-over:
 		}
+		_ = r.listener.Close()
 	})
-	copying.Wait()
-	_ = local.Close()
-	if ctx.Err() != nil {
-		_ = errorStream.Reset()
+	from := remoteListener{r.listener, func() { r.keeper.hold(s) }}
+	f.accept(ctx, r, from, func(ctx context.Context, remote stream) error {
+		defer r.keeper.release(s)
+		local, err := r.local.dial(ctx)
+		if err != nil {
+			_ = remote.Reset()
+			return err
+		}
+		_ = join(ctx, s.Done(), local, remote)
+		return nil
+	})
+	close(over)
+	watching.Wait()
+	r.listener = nil
+	r.keeper.release(s)
+}
+
+// listenOn has the target's side listen, over a session that was acquired. The
+// port that was chosen once is asked for again. Only if it may move, and any
+// port was asked for first, another one will do.
+func (r *route) listenOn(ctx context.Context, s *session, move bool) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, connectTimeout, errNoAnswer)
+	defer cancel()
+	at := r.remote
+	listener, err := s.Listen(ctx, at)
+	if err != nil && move && r.anyPort && ctx.Err() == nil && !closed(s.Done()) {
+		at.Port = 0
+		listener, err = s.Listen(ctx, at)
 	}
-	timer := time.AfterFunc(reasonTimeout, func() { _ = errorStream.Reset() })
-	defer timer.Stop()
-	reading.Wait()
-	if text := <-reason; text != "" {
-		return errors.New(text)
+	if err != nil {
+		r.keeper.release(s)
+		return err
 	}
-	if received == 0 && closed(reset) {
-		return errors.New("the target refused or reset the connection")
-	}
+	r.remote = listener.Endpoint()
+	r.session, r.listener = s, listener
 	return nil
 }
 
-// readReason reads an error stream to its end.
-func readReason(r io.Reader) string {
-	text, _ := io.ReadAll(io.LimitReader(r, maxReason))
-	_, _ = io.Copy(io.Discard, r)
-	return strings.TrimSpace(string(text))
+// pause waits before another attempt on a session, or until there is another
+// one.
+func (r *route) pause(ctx context.Context, s *session, pause time.Duration) bool {
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-s.Done():
+	case <-s.replaced:
+	case <-ctx.Done():
+	}
+	return ctx.Err() == nil
 }
 
-func closed[T any](ch <-chan T) bool {
-	select {
-	case <-ch:
-		return true
-	default:
-		return false
+// completePortForward completes port-forward's arguments: a target, then its
+// ports by name and number, after the local port where one was typed, or
+// another target.
+func (c *client) completePortForward(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
+	if len(args) == 0 || isTarget(toComplete) {
+		return c.completeRef(cmd.Context(), toComplete)
 	}
+	// The last target that was named is the one whose ports follow.
+	last := 0
+	for i, arg := range args {
+		if isTarget(arg) {
+			last = i
+		}
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
+	defer cancel()
+	target, err := c.completedTarget(ctx, args[last:])
+	if err != nil {
+		return failedCompletion(err)
+	}
+	local := ""
+	if before, _, ok := strings.Cut(toComplete, ":"); ok {
+		local = before + ":"
+	}
+	var names []string
+	for _, port := range target.Spec.Ports {
+		number := withProtocol(strings.ToLower(string(cmp.Or(port.Protocol, v1.ProtocolTCP))), fmt.Sprint(port.Port))
+		given := slices.ContainsFunc(args[last+1:], func(arg string) bool {
+			remote := arg[strings.LastIndex(arg, ":")+1:]
+			return remote == port.Name || remote == number
+		})
+		if !given {
+			names = append(names, local+port.Name, local+number)
+		}
+	}
+	return candidates(names, toComplete), cobra.ShellCompDirectiveNoFileComp
 }

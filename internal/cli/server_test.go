@@ -302,6 +302,12 @@ func (s *testServer) start(stdin io.Reader, args ...string) *running {
 	return startWith(s.t, genericiooptions.IOStreams{In: stdin}, append([]string{"--kubeconfig", s.kubeconfig()}, args...)...)
 }
 
+// startAt runs a command line with a kubeconfig of the test's.
+func (s *testServer) startAt(kubeconfig string, args ...string) *running {
+	s.t.Helper()
+	return startWith(s.t, genericiooptions.IOStreams{}, append([]string{"--kubeconfig", kubeconfig}, args...)...)
+}
+
 // startWith runs a command line; streams that are nil are buffers.
 func startWith(t *testing.T, streams genericiooptions.IOStreams, args ...string) *running {
 	t.Helper()

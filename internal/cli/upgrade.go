@@ -23,14 +23,16 @@ import (
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 	"k8s.io/streaming/pkg/httpstream"
 	"k8s.io/streaming/pkg/httpstream/spdy"
+
+	"aaserver.io/aaserver/streaming"
 )
 
 const (
-	// pingPeriod is how often the server is pinged.
+	// pingPeriod is how often the server of a command is pinged.
 	pingPeriod = 10 * time.Second
-	// deadAfter is how long the server may be silent: it answers pings, and
-	// sends its own.
-	deadAfter = time.Minute
+	// pingsInPatience is how many pings a server may leave unanswered before it
+	// is given up, about.
+	pingsInPatience = 4
 	// maxResets bounds what is remembered of streams that the server reset.
 	maxResets = 1 << 16
 )
@@ -38,38 +40,21 @@ const (
 // errSilent ends a connection whose server has gone without a word.
 var errSilent = errors.New("the server hasn't answered")
 
-// portForwardConnection is the SPDY connection of a port-forward session, with
-// what client-go's own lacks: it knows which streams were reset, and finds out
-// when the server has gone.
-type portForwardConnection struct {
-	httpstream.Connection
-	transport *spdyTransport
-}
-
-// Close closes the network connection too. SPDY's own Close waits for streams.
-func (c *portForwardConnection) Close() error {
-	return errors.Join(c.Connection.Close(), c.transport.Close())
-}
-
-// dialPortForward opens a session through a WebSocket, or by SPDY where that
-// doesn't get through. KUBECTL_PORT_FORWARD_WEBSOCKETS=false leaves SPDY alone,
-// as for kubectl. ctx bounds the dialling.
-func (c *connection) dialPortForward(ctx context.Context, target string, u *url.URL) (*portForwardConnection, error) {
-	var transport *spdyTransport
-	var err error
+// dialPortForward opens a session. One WebSocket offers the mux protocol and
+// the tunnel of SPDY, and the server takes what it knows; where no WebSocket
+// gets through, and unless muxOnly, it is SPDY by itself.
+// KUBECTL_PORT_FORWARD_WEBSOCKETS=false leaves SPDY alone, as for kubectl. ctx
+// bounds the dialling.
+func (c *connection) dialPortForward(ctx context.Context, target string, u *url.URL, muxOnly bool) (tunnel, error) {
 	if cmdutil.PortForwardWebsockets.IsDisabled() {
-		transport, err = c.dialSPDY(ctx, target, u)
-	} else if transport, err = c.dialTunnel(ctx, u); err != nil && fallBack(err) {
-		transport, err = c.dialSPDY(ctx, target, u)
+		t, err := c.dialSPDY(ctx, target, u)
+		return t, upgradeError(c.config.Host, err)
 	}
-	if err != nil {
-		return nil, upgradeError(c.config.Host, err)
+	t, err := c.dialWebSocket(ctx, u)
+	if err != nil && !muxOnly && fallBack(err) {
+		t, err = c.dialSPDY(ctx, target, u)
 	}
-	conn, err := spdy.NewClientConnectionWithPings(transport, pingPeriod)
-	if err != nil {
-		return nil, errors.Join(err, transport.Close())
-	}
-	return &portForwardConnection{conn, transport}, nil
+	return t, upgradeError(c.config.Host, err)
 }
 
 // upgradeConfig returns what a transport of our own needs of the configuration.
@@ -85,8 +70,8 @@ func (c *connection) upgradeConfig() (*tls.Config, func(*http.Request) (*url.URL
 	return tlsConfig, proxy, nil
 }
 
-// dialTunnel carries SPDY in the messages of a WebSocket.
-func (c *connection) dialTunnel(ctx context.Context, u *url.URL) (*spdyTransport, error) {
+// dialWebSocket opens a session within a WebSocket.
+func (c *connection) dialWebSocket(ctx context.Context, u *url.URL) (tunnel, error) {
 	roundTripper, holder, err := websocket.RoundTripperFor(c.config)
 	if err != nil {
 		return nil, err
@@ -95,11 +80,18 @@ func (c *connection) dialTunnel(ctx context.Context, u *url.URL) (*spdyTransport
 	if err != nil {
 		return nil, err
 	}
-	ws, err := websocket.Negotiate(roundTripper, holder, req, portforwardconstants.WebsocketsSPDYTunnelingPortForwardV1)
+	ws, err := websocket.Negotiate(roundTripper, holder, req, streaming.MuxProtocol, portforwardconstants.WebsocketsSPDYTunnelingPortForwardV1)
 	if err != nil {
 		return nil, err
 	}
-	transport := newSPDYTransport(portforward.NewTunnelingConnection("client", ws), deadAfter)
+	if ws.Subprotocol() == streaming.MuxProtocol {
+		mux, err := streaming.NewMuxClient(ws, streaming.MuxOptions{PingInterval: c.peerTimeout / pingsInPatience, PeerTimeout: c.peerTimeout})
+		if err != nil {
+			return nil, err
+		}
+		return muxTunnel{mux}, nil
+	}
+	transport := newSPDYTransport(portforward.NewTunnelingConnection("client", ws), c.peerTimeout)
 	// The server's pings don't surface as data, but say that it is there.
 	answer := ws.PingHandler()
 	ws.SetPingHandler(func(data string) error {
@@ -107,12 +99,12 @@ func (c *connection) dialTunnel(ctx context.Context, u *url.URL) (*spdyTransport
 		return answer(data)
 	})
 	ws.SetReadLimit(0)
-	return transport, nil
+	return newSPDYTunnel(transport, ws.Subprotocol(), c.config.Host)
 }
 
 // dialSPDY upgrades a plain HTTP/1.1 connection. net/http does the upgrade
 // itself, so that proxies and a cancelled context work as for any request.
-func (c *connection) dialSPDY(ctx context.Context, target string, u *url.URL) (*spdyTransport, error) {
+func (c *connection) dialSPDY(ctx context.Context, target string, u *url.URL) (tunnel, error) {
 	tlsConfig, proxy, err := c.upgradeConfig()
 	if err != nil {
 		return nil, err
@@ -148,7 +140,7 @@ func (c *connection) dialSPDY(ctx context.Context, target string, u *url.URL) (*
 		upgraded.Close()
 		return nil, fmt.Errorf("unable to negotiate protocol: client supports %q, server returned %q", portforward.PortForwardProtocolV1Name, got)
 	}
-	return newSPDYTransport(upgraded, deadAfter), nil
+	return newSPDYTunnel(newSPDYTransport(upgraded, c.peerTimeout), portforward.PortForwardProtocolV1Name, c.config.Host)
 }
 
 // spdyTransport is the connection below SPDY. It reads along, because the SPDY
