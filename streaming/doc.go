@@ -43,15 +43,17 @@
 // # Who is dead
 //
 // The server pings every upgraded connection each [Options.PingInterval]. A
-// client that could answer and is silent for [Options.PeerTimeout] is given up.
+// client that could answer and is silent is given up within
+// [Options.PeerTimeout].
 // It can't answer while it doesn't read, under ^S or in a pager, nor can it be
 // heard while a command doesn't read its stdin. Then, on Linux, its kernel's
 // acknowledgements tell a paused client from a lost network, which is still
 // found in about PeerTimeout if the connection is a direct one. Behind a proxy
 // it is the proxy whose kernel answers; there, and elsewhere than on Linux, a
 // client that neither reads nor sends anything has [Options.StallTimeout].
-// client-go pings over WebSocket even while it is paused, which shows that it
-// lives for as long as it does.
+// client-go pings over WebSocket even while it is paused: a client that did so
+// lives for as long as it does, and is given up within PeerTimeout of its last
+// ping, behind a proxy, too.
 //
 // # Commands that don't read their stdin
 //

@@ -58,6 +58,13 @@ type link struct {
 	congested atomic.Int64 // when a write of data had last taken long
 	pinged    atomic.Int64 // when the first ping since lastRead was written
 	pinging   atomic.Bool  // a ping is being written
+	// unanswered counts the pings since lastRead.
+	unanswered atomic.Int32
+
+	// The client's own pings: when the last came, which is the reader's, and how
+	// many have come one after the other, none of them late.
+	lastHeartbeat int64
+	heartbeats    atomic.Int32
 
 	wmu  sync.Mutex // serialises writes; protects the three below
 	head [192]byte  // for the headers of the frame that is being written
@@ -209,7 +216,7 @@ func (l *link) farewell(cause error, say func()) {
 // connection doesn't outlive the session's context for long, either.
 func (l *link) beat(ping func(stalled bool) error) {
 	l.bound()
-	interval := min(l.opts.PingInterval, l.opts.PeerTimeout/4)
+	interval := l.interval()
 	tick := func() {
 		l.bmu.Lock()
 		if l.silent {
@@ -228,8 +235,12 @@ func (l *link) beat(ping func(stalled bool) error) {
 			return
 		}
 		if l.pinging.CompareAndSwap(false, true) {
-			if ping(l.readStart.Load() == 0) == nil && l.pinged.Load() <= l.lastRead.Load() {
-				l.pinged.Store(l.now())
+			if ping(l.readStart.Load() == 0) == nil {
+				if l.pinged.Load() <= l.lastRead.Load() {
+					l.pinged.Store(l.now())
+					l.unanswered.Store(0)
+				}
+				l.unanswered.Add(1)
 			}
 			l.pinging.Store(false)
 		}
@@ -239,28 +250,55 @@ func (l *link) beat(ping func(stalled bool) error) {
 	l.bmu.Unlock()
 }
 
+// interval is the time between two beats.
+func (l *link) interval() time.Duration {
+	return min(l.opts.PingInterval, l.opts.PeerTimeout/4)
+}
+
+// patience is how long a silence lasts before the peer is given up. The beat
+// that finds it comes up to an interval later, still within PeerTimeout.
+func (l *link) patience() time.Duration { return l.opts.PeerTimeout - l.interval() }
+
+// manyHeartbeats is how many pings of its own show that a client goes on with
+// them.
+const manyHeartbeats = 3
+
+// heartbeat notes a ping of the client's own. It is called by the reader.
+func (l *link) heartbeat() {
+	now := l.now()
+	if now-l.lastHeartbeat > int64(l.patience())/3 {
+		l.heartbeats.Store(0)
+	}
+	l.lastHeartbeat = now
+	l.heartbeats.Add(1)
+}
+
 // dead says whether to give the peer up.
 //
-// A peer that can answer pings has PeerTimeout to do so, from the first that
-// it left unanswered. It can't if it isn't being read from, as a command
-// doesn't read its stdin, or if it doesn't read: a paused client, or a slow one
-// with megabytes on the way to it. Anything that it sends shows that it lives
-// all the same, and client-go's WebSocket sends pings of its own while it is
-// paused. From others nothing is to be had but what their kernel
-// acknowledges, and behind a proxy not even that: they have StallTimeout.
+// A peer that can answer pings is dead once it has left some unanswered and was
+// silent for all that time. It can't answer if it isn't being read from, as a
+// command doesn't read its stdin, or if it doesn't read: a paused client, or a
+// slow one with megabytes on the way to it. Anything that it sends shows that it
+// lives all the same. client-go's WebSocket sends pings of its own while it is
+// paused, and so is dead when those cease. From others nothing is to be had but
+// what their kernel acknowledges, and behind a proxy not even that: they have
+// StallTimeout.
 func (l *link) dead() bool {
-	now := l.now()
+	now, patience := l.now(), int64(l.patience())
 	heard, reading, sending := l.lastRead.Load(), l.readStart.Load(), l.sendStart.Load()
+	silent := reading != 0 && now-max(heard, reading) >= patience
 	stuck := sending != 0 && now-sending > int64(slowWrite)
 	if reading != 0 && !stuck && l.congested.Load() <= heard {
-		pinged := l.pinged.Load()
-		return pinged > heard && now-max(pinged, reading) >= int64(l.opts.PeerTimeout)
+		return silent && l.pinged.Load() > heard && l.unanswered.Load() > 1
+	}
+	if silent && l.heartbeats.Load() >= manyHeartbeats {
+		return true
 	}
 	progress := max(heard, reading, l.lastData.Load())
 	if (reading != 0 || stuck) && now-progress >= int64(l.opts.StallTimeout) {
 		return true
 	}
-	return l.tcp != nil && unacknowledged(l.tcp, l.opts.PeerTimeout)
+	return l.tcp != nil && unacknowledged(l.tcp, time.Duration(patience))
 }
 
 // quiet ends the beats.

@@ -101,15 +101,33 @@ func TestWebSocketThatJustEndsIsACleanCause(t *testing.T) {
 	}
 }
 
-// TestPausedClientHoldsNothingUp: whatever ends a session, a client that reads
-// nothing delays that by closeGrace at most, on every protocol, with TLS and
-// without.
-func TestPausedClientHoldsNothingUp(t *testing.T) {
-	opts := Options{closeGrace: 300 * time.Millisecond}
-	const (
-		byServer = "the server ends it"
-		byClient = "the client says goodbye"
-	)
+// rawSession is a way to open a session without a client's library.
+type rawSession struct {
+	// serve has work write to the client for as long as the session lasts.
+	serve   func(w http.ResponseWriter, r *http.Request, work work) error
+	headers string
+	open    func(io.Writer) error
+	goodbye string // "" if there is none
+}
+
+type work func(ctx context.Context, out io.Writer) error
+
+// dial opens the session on a connection.
+func (s rawSession) dial(t *testing.T, conn net.Conn) {
+	t.Helper()
+	fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: x\r\n%s\r\n", s.headers)
+	if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || resp.StatusCode >= 400 {
+		t.Fatal(err, resp)
+	}
+	if s.open != nil {
+		if err := s.open(conn); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// rawSessions are sessions of every kind and transport.
+func rawSessions(opts Options) map[string]rawSession {
 	upgrade := func(headers string) string {
 		return "Connection: Upgrade\r\nOrigin: http://x\r\n" + headers
 	}
@@ -119,20 +137,23 @@ func TestPausedClientHoldsNothingUp(t *testing.T) {
 	overSPDY := func(protocol string) string {
 		return upgrade("Upgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: " + protocol + "\r\n")
 	}
-	command := func(w http.ResponseWriter, r *http.Request, flood func(io.Writer) error) error {
-		return ServeCommand(w, r, CommandRequest{Stdin: true, Stdout: true}, opts, func(_ context.Context, stdio Stdio) error {
-			return flood(stdio.Stdout)
+	command := func(w http.ResponseWriter, r *http.Request, work work) error {
+		return ServeCommand(w, r, CommandRequest{Stdin: true, Stdout: true}, opts, func(ctx context.Context, stdio Stdio) error {
+			return work(ctx, stdio.Stdout)
 		})
 	}
-	forward := func(w http.ResponseWriter, r *http.Request, flood func(io.Writer) error) error {
-		return ServePortForward(w, r, PortForwardRequest{Ports: []uint16{80}}, opts, backendOf(func(context.Context, uint16) (PortStream, error) {
+	forward := func(w http.ResponseWriter, r *http.Request, work work) error {
+		return ServePortForward(w, r, PortForwardRequest{Ports: []uint16{80}}, opts, backendOf(func(ctx context.Context, _ uint16) (PortStream, error) {
 			here, there := net.Pipe()
-			go flood(there) // until join closes the other end
+			go work(ctx, there) // until join closes the other end
 			return pipeStream{here}, nil
 		}))
 	}
-	log := func(w http.ResponseWriter, r *http.Request, flood func(io.Writer) error) error {
-		return ServeLog(w, r, true, opts, func(_ context.Context, out io.Writer) error { return flood(out) })
+	log := func(w http.ResponseWriter, r *http.Request, work work) error {
+		return ServeLog(w, r, true, opts, func(ctx context.Context, out io.Writer) error {
+			out.(http.Flusher).Flush()
+			return work(ctx, out)
+		})
 	}
 	spdyStreams := func(headers ...http.Header) func(w io.Writer) error {
 		return func(w io.Writer) error {
@@ -163,12 +184,7 @@ func TestPausedClientHoldsNothingUp(t *testing.T) {
 		_, err := w.Write(rawFrame(0x82, muxFrame(muxData, muxSYN, 1, opening(`{"network":"tcp","port":80}`))+muxFrame(muxUpdate, 0, 1, "", 1<<30)))
 		return err
 	}
-	cases := map[string]struct {
-		serve   func(w http.ResponseWriter, r *http.Request, flood func(io.Writer) error) error
-		headers string
-		open    func(io.Writer) error
-		goodbye string // "" if there is none
-	}{
+	return map[string]rawSession{
 		"a command over WebSocket": {command, overWebSocket("v5.channel.k8s.io"), nil, closeFrame},
 		"a command over SPDY":      {command, overSPDY("v4.channel.k8s.io"), commandStreams, goAway},
 		"forwarding over SPDY":     {forward, overSPDY("portforward.k8s.io"), forwardStreams, goAway},
@@ -178,7 +194,102 @@ func TestPausedClientHoldsNothingUp(t *testing.T) {
 		"a log over WebSocket":     {log, overWebSocket("binary.k8s.io"), nil, closeFrame},
 		"a log over HTTP":          {log, "", nil, ""},
 	}
-	for name, tc := range cases {
+}
+
+// TestDeadClientIsFoundInTime: a client behind a proxy that goes on to
+// acknowledge everything, or merely reads no more, is given up within
+// PeerTimeout, on every protocol that has pings.
+func TestDeadClientIsFoundInTime(t *testing.T) {
+	opts := Options{PingInterval: 100 * time.Millisecond, PeerTimeout: time.Second}
+	idle := func(ctx context.Context, _ io.Writer) error {
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	flood := func(_ context.Context, out io.Writer) error {
+		for buf := make([]byte, chunkSize); ; {
+			if _, err := out.Write(buf); err != nil {
+				return err
+			}
+		}
+	}
+	loses := func(b *blackhole) { close(b.dark) }
+	stalls := func(b *blackhole) { close(b.frozen) }
+	pong, ping := string(rawFrame(0x8a, "")), string(rawFrame(0x89, ""))
+	spdyPong := string([]byte{0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 2})
+	for what, tc := range map[string]struct {
+		work work
+		dies func(*blackhole)
+		// pings says that the client sends pings of its own, which is as much as
+		// can be known of one that reads nothing.
+		pings bool
+	}{
+		"nothing happens and the network swallows all": {idle, loses, false},
+		"nothing happens and the network stalls":       {idle, stalls, false},
+		"the network stalls amid output for who pings": {flood, stalls, true},
+	} {
+		for name, session := range rawSessions(opts) {
+			overWebSocket := strings.Contains(session.headers, "websocket")
+			if session.headers == "" || tc.pings && !overWebSocket {
+				continue
+			}
+			t.Run(name+", "+what, func(t *testing.T) {
+				t.Parallel()
+				s := newServer(t, func(w http.ResponseWriter, r *http.Request) error {
+					r.Host = "x"
+					return session.serve(w, r, tc.work)
+				})
+				proxy := newBlackhole(t, s.addr())
+				conn, err := net.Dial("tcp", proxy.Addr().String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				session.dial(t, conn)
+				sign := spdyPong
+				if tc.pings {
+					sign = ping
+				} else if overWebSocket {
+					sign = pong
+				}
+				// It takes nothing, and shows that it lives.
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					ticker := time.NewTicker(opts.PeerTimeout / 10)
+					defer ticker.Stop()
+					for err == nil {
+						<-ticker.C
+						_, err = io.WriteString(conn, sign)
+					}
+				}()
+				t.Cleanup(func() { conn.Close(); <-done })
+				select {
+				case err := <-s.results:
+					t.Fatalf("the session ended with its client alive: %v", err)
+				case <-time.After(3 * opts.PeerTimeout / 2):
+				}
+				tc.dies(proxy)
+				began := time.Now()
+				if err := s.result(t); !errors.Is(err, ErrPeerTimeout) {
+					t.Errorf("got %v, want %v", err, ErrPeerTimeout)
+				}
+				if took := time.Since(began); took > opts.PeerTimeout+time.Second {
+					t.Errorf("it took %v", took)
+				}
+			})
+		}
+	}
+}
+
+// TestPausedClientHoldsNothingUp: whatever ends a session, a client that reads
+// nothing delays that by closeGrace at most, on every protocol, with TLS and
+// without.
+func TestPausedClientHoldsNothingUp(t *testing.T) {
+	opts := Options{closeGrace: 300 * time.Millisecond}
+	const (
+		byServer = "the server ends it"
+		byClient = "the client says goodbye"
+	)
+	for name, tc := range rawSessions(opts) {
 		for _, secure := range []bool{false, true} {
 			for _, end := range []string{byServer, byClient} {
 				if end == byClient && tc.goodbye == "" {
@@ -190,7 +301,7 @@ func TestPausedClientHoldsNothingUp(t *testing.T) {
 					ctx, cancel := context.WithCancelCause(t.Context())
 					defer cancel(nil)
 					var written atomic.Int64
-					flood := func(w io.Writer) error {
+					flood := func(_ context.Context, w io.Writer) error {
 						for buf := make([]byte, chunkSize); ; {
 							n, err := w.Write(buf)
 							written.Add(int64(n))
@@ -219,15 +330,7 @@ func TestPausedClientHoldsNothingUp(t *testing.T) {
 					}
 					defer conn.Close()
 					conn.SetDeadline(time.Now().Add(testTimeout))
-					fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: x\r\n%s\r\n", tc.headers)
-					if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || resp.StatusCode >= 400 {
-						t.Fatal(err, resp)
-					}
-					if tc.open != nil {
-						if err := tc.open(conn); err != nil {
-							t.Fatal(err)
-						}
-					}
+					tc.dial(t, conn)
 					for before := int64(-1); before <= 0 || before != written.Load(); {
 						before = written.Load()
 						time.Sleep(300 * time.Millisecond) // that it gets no further shows only by waiting

@@ -138,8 +138,11 @@ var execClients = []execClient{
 type blackhole struct {
 	net.Listener
 	target string
-	dark   chan struct{}
-	wg     sync.WaitGroup
+	// dark, once it is closed, has it swallow what comes, and frozen read no
+	// more. Either way its kernel goes on to acknowledge.
+	dark, frozen chan struct{}
+	over         chan struct{} // closed at the test's end
+	wg           sync.WaitGroup
 
 	mu    sync.Mutex
 	conns []net.Conn
@@ -151,7 +154,7 @@ func newBlackhole(t testing.TB, target string) *blackhole {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &blackhole{Listener: l, target: target, dark: make(chan struct{})}
+	b := &blackhole{Listener: l, target: target, dark: make(chan struct{}), frozen: make(chan struct{}), over: make(chan struct{})}
 	b.wg.Go(func() {
 		for {
 			client, err := l.Accept()
@@ -172,6 +175,7 @@ func newBlackhole(t testing.TB, target string) *blackhole {
 	})
 	t.Cleanup(func() {
 		l.Close()
+		close(b.over)
 		b.mu.Lock()
 		for _, c := range b.conns {
 			c.Close()
@@ -182,7 +186,6 @@ func newBlackhole(t testing.TB, target string) *blackhole {
 	return b
 }
 
-// copy swallows what comes once it is dark.
 func (b *blackhole) copy(dst, src net.Conn) {
 	buf := make([]byte, 32<<10)
 	for {
@@ -197,6 +200,9 @@ func (b *blackhole) copy(dst, src net.Conn) {
 		}
 		select {
 		case <-b.dark:
+		case <-b.frozen:
+			<-b.over
+			return
 		default:
 			dst.Write(buf[:n])
 		}

@@ -10,6 +10,12 @@ import (
 	"time"
 )
 
+// The defaults of Options.PingInterval and Options.PeerTimeout.
+const (
+	DefaultPingInterval = 15 * time.Second
+	DefaultPeerTimeout  = 60 * time.Second
+)
+
 // Options bound upgraded connections. The zero value is safe.
 type Options struct {
 	// CheckOrigin says whether a request with this Origin header may be
@@ -17,21 +23,23 @@ type Options struct {
 	// has the request's Host.
 	CheckOrigin func(*http.Request) bool
 
-	// PingInterval is how often the server sends a ping; 0 is 15 s. client-go
-	// gives a WebSocket up after 61 s without a pong, so more than 30 s is
-	// unwise: see the package comment on commands that don't read their stdin.
+	// PingInterval is how often the server sends a ping, at least four times in
+	// each PeerTimeout; 0 is DefaultPingInterval. client-go gives a WebSocket
+	// up after 61 s without a pong, so more than 30 s is unwise: see the package
+	// comment on commands that don't read their stdin.
 	PingInterval time.Duration
 
-	// PeerTimeout is how long a client may give no sign of life before it is
-	// taken for dead; 0 is 60 s. Anything that it sends is a sign, and so is
-	// that its kernel acknowledges what it is sent while the client itself
-	// can't answer, because it isn't reading or isn't being read from.
+	// PeerTimeout is within which time a client is taken for dead that gives no
+	// sign of life; 0 is DefaultPeerTimeout. Anything that it sends is a sign,
+	// and so is that its kernel acknowledges what it is sent while the client
+	// itself can't answer, because it isn't reading or isn't being read from.
 	PeerTimeout time.Duration
 
 	// StallTimeout is how long a client may neither take any of the data that
 	// waits for it nor send anything, while its kernel is still alive: a
 	// terminal under ^S or a pager. 0 is 30 minutes. Clients that ping while
-	// they are paused, as client-go does over WebSocket, aren't subject to it.
+	// they are paused, as client-go does over WebSocket, aren't subject to it:
+	// they have PeerTimeout from their last ping.
 	// A log over plain HTTP has it for each write.
 	StallTimeout time.Duration
 
@@ -78,10 +86,10 @@ func (o Options) withDefaults() Options {
 		o.CheckOrigin = sameOrigin
 	}
 	if o.PingInterval <= 0 {
-		o.PingInterval = 15 * time.Second
+		o.PingInterval = DefaultPingInterval
 	}
 	if o.PeerTimeout <= 0 {
-		o.PeerTimeout = 60 * time.Second
+		o.PeerTimeout = DefaultPeerTimeout
 	}
 	if o.StallTimeout <= 0 {
 		o.StallTimeout = 30 * time.Minute

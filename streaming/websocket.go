@@ -156,6 +156,7 @@ func upgradeWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subp
 // pong answers a ping without blocking the reader. Only the last of those that
 // come while a write is stuck is owed an answer.
 func (c *wsConn) pong(payload string) error {
+	c.heartbeat()
 	if c.pongs.CompareAndSwap(false, true) {
 		c.wg.Go(func() {
 			c.control(websocket.PongMessage, []byte(payload))

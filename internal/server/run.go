@@ -20,6 +20,7 @@ import (
 	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
+	"aaserver.io/aaserver/streaming"
 )
 
 // etcdPrefix is where everything is stored.
@@ -101,13 +102,23 @@ type StreamOptions struct {
 	// StopTimeout bounds how long processes may take to end at shutdown, where
 	// their own grace periods are longer.
 	StopTimeout time.Duration
+	// PingInterval is how often the clients of upgraded connections are pinged,
+	// PeerTimeout within which time one that doesn't answer is given up.
+	PingInterval, PeerTimeout time.Duration
 }
+
+// maxPingInterval is the longest time between two pings, by which client-go
+// also learns that a session lives whose command doesn't read its stdin: it
+// gives up 61 s after the last one, which may have been late.
+const maxPingInterval = 30 * time.Second
 
 func newStreamOptions() StreamOptions {
 	return StreamOptions{
 		MaxSessions:  session.DefaultMax,
 		DrainTimeout: 10 * time.Second,
 		StopTimeout:  30 * time.Second,
+		PingInterval: streaming.DefaultPingInterval,
+		PeerTimeout:  streaming.DefaultPeerTimeout,
 	}
 }
 
@@ -119,6 +130,8 @@ func (o *StreamOptions) addFlags(flags *pflag.FlagSet) {
 	flags.DurationVar(&o.Limits.MaxDuration, "session-max-duration", o.Limits.MaxDuration, "How long a log, exec, attach or port-forward may last, where the target's class doesn't say; 0 for ever.")
 	flags.DurationVar(&o.DrainTimeout, "drain-timeout", o.DrainTimeout, "How long open streams may take to end when the server shuts down.")
 	flags.DurationVar(&o.StopTimeout, "stop-timeout", o.StopTimeout, "How long processes may take to end when the server shuts down, where the grace periods of their targets are longer.")
+	flags.DurationVar(&o.PingInterval, "stream-ping-interval", o.PingInterval, "How often the client of an open exec, attach, port-forward or WebSocket log is pinged, at most 30s. That also keeps proxies from taking a quiet connection for idle.")
+	flags.DurationVar(&o.PeerTimeout, "stream-peer-timeout", o.PeerTimeout, "Within which time a client that no longer answers is found, and its session ended. Pings are sent at least four times as often.")
 }
 
 func (o *StreamOptions) validate() []error {
@@ -144,7 +157,23 @@ func (o *StreamOptions) validate() []error {
 	if o.StopTimeout < 0 {
 		errs = append(errs, fmt.Errorf("--stop-timeout %s must not be negative", o.StopTimeout))
 	}
+	if o.PingInterval < time.Second || o.PingInterval > maxPingInterval {
+		errs = append(errs, fmt.Errorf("--stream-ping-interval %s must be between 1s and %s: kubectl gives a connection up that is quiet for a minute", o.PingInterval, maxPingInterval))
+	}
+	if o.PeerTimeout <= o.PingInterval {
+		errs = append(errs, fmt.Errorf("--stream-peer-timeout %s must be longer than --stream-ping-interval %s: a client needs time to answer", o.PeerTimeout, o.PingInterval))
+	}
 	return errs
+}
+
+// streaming are the options of streams. origins are those that browsers may
+// connect from, beside the server's own.
+func (o *StreamOptions) streaming(origins []string) streaming.Options {
+	return streaming.Options{
+		CheckOrigin:  checkOrigin(origins),
+		PingInterval: o.PingInterval,
+		PeerTimeout:  o.PeerTimeout,
+	}
 }
 
 func (o *StreamOptions) sessions() *session.Manager {

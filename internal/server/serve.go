@@ -41,7 +41,6 @@ import (
 	"aaserver.io/aaserver/internal/recorder"
 	"aaserver.io/aaserver/internal/storage"
 	"aaserver.io/aaserver/registry/target"
-	"aaserver.io/aaserver/streaming"
 )
 
 // checkTimeout bounds each request that asks whether the main API can be used.
@@ -314,7 +313,7 @@ func (o *ServeOptions) config() (*Config, error) {
 			Dial:          (&net.Dialer{}).DialContext,
 			ServiceRanges: services,
 			Sessions:      o.sessions(),
-			Streaming:     streaming.Options{CheckOrigin: checkOrigin(o.AllowedOrigins)},
+			Streaming:     o.streaming(o.AllowedOrigins),
 		},
 	}
 	return config, nil

@@ -402,6 +402,7 @@ func (o *StandaloneOptions) config(dir string, etcd *genericoptions.EtcdOptions,
 			Dial:          (&net.Dialer{}).DialContext,
 			ServiceRanges: noServices,
 			Sessions:      o.sessions(),
+			Streaming:     o.streaming(nil),
 		},
 	}
 	return config, nil
