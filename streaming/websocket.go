@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -100,6 +101,9 @@ func (h wsHijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return wsNetConn{h.link}, rw, nil
 }
 
+// unusedBuffers keeps gorilla from having a buffer for each connection.
+var unusedBuffers sync.Pool
+
 // upgradeWebSocket upgrades the request, or answers it with a Status. The
 // caller closes the connection, which is being pinged.
 func upgradeWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subprotocol string) (*wsConn, error) {
@@ -111,6 +115,7 @@ func upgradeWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subp
 		base64: strings.Contains(subprotocol, "base64."),
 	}
 	upgrader := websocket.Upgrader{
+		WriteBufferPool: &unusedBuffers, // frames aren't written by it
 		CheckOrigin: func(*http.Request) bool { return true }, // done above
 		Error: func(w http.ResponseWriter, _ *http.Request, code int, reason error) {
 			status := metav1.StatusReasonBadRequest

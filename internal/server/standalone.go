@@ -65,6 +65,8 @@ type StandaloneOptions struct {
 	EventTTL time.Duration
 	// StreamOptions bounds streams and processes.
 	StreamOptions
+	// Profiling serves profiles of the server at /debug/pprof.
+	Profiling bool
 	// Demo creates the demo's targets.
 	Demo bool
 
@@ -107,6 +109,7 @@ func (o *StandaloneOptions) AddFlags(flags *pflag.FlagSet) {
 	flags.StringSliceVar(&o.Hostnames, "hostname", o.Hostnames, "A further name or address that the serving certificate is for. May be given several times.")
 	flags.DurationVar(&o.EventTTL, "event-ttl", o.EventTTL, "How long an Event is kept after it was last written.")
 	o.StreamOptions.addFlags(flags)
+	flags.BoolVar(&o.Profiling, "profiling", o.Profiling, "Serve profiles of the server to its administrator, at /debug/pprof/.")
 	flags.BoolVar(&o.Demo, "demo", o.Demo, "Create the targets web, ticker and shell in the namespace default, to try things on.")
 	o.Etcd.AddFlags(flags)
 	// There is no garbage collector without a cluster.
@@ -364,6 +367,7 @@ func (o *StandaloneOptions) config(dir string, etcd *genericoptions.EtcdOptions,
 	// There are no flow schemas without a cluster; the limits of requests in
 	// flight stand.
 	generic.FlowControl = nil
+	generic.EnableProfiling = o.Profiling
 	// Without it, http.Server waits for every watch, the agent's own among
 	// them, until its time is up.
 	generic.ShutdownWatchTerminationGracePeriod = o.DrainTimeout

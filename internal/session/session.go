@@ -373,6 +373,19 @@ func (r *countedReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// WriteTo lets io.Copy use the client's own, which needs no buffer.
+func (r *countedReader) WriteTo(w io.Writer) (int64, error) {
+	return io.Copy(writerFunc(func(p []byte) (int, error) {
+		n, err := w.Write(p)
+		r.session.AddIn(n)
+		return n, err
+	}), r.ReadCloser)
+}
+
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
 // CountOut counts what is written to the client. Of nil it makes nil.
 func (s *Session) CountOut(w io.Writer) io.Writer {
 	if w == nil {

@@ -145,7 +145,7 @@ func (r *run) exec(ctx context.Context, title string, command *shim.Command, std
 			w = io.Discard
 		}
 		output.Go(func() {
-			copyOutput(f, 64<<10, func(data []byte, _ bool) (int, error) {
+			copyOutput(f, execBuffer, func(data []byte, _ bool) (int, error) {
 				if len(data) == 0 {
 					return 0, nil
 				}
@@ -223,19 +223,16 @@ func (r *run) attach(ctx context.Context, stdio driver.Stdio) error {
 	}()
 	if stdio.Stdin != nil && r.stdin != nil {
 		input.Go(func() {
-			buf := make([]byte, 32<<10)
-			for {
-				n, err := stdio.Stdin.Read(buf)
-				if n > 0 {
-					if err := r.stdin.write(inputCtx, buf[:n]); err != nil {
-						stdio.Stdin.Close()
-						return
-					}
+			to := writerFunc(func(data []byte) (int, error) {
+				if err := r.stdin.write(inputCtx, data); err != nil {
+					stdio.Stdin.Close()
+					return 0, err
 				}
-				if err != nil {
-					return
-				}
-			}
+				return len(data), nil
+			})
+			// The end of the client's input, and its failure, leave the instance's
+			// as it is.
+			io.Copy(to, stdio.Stdin)
 		})
 	}
 	if r.tty && stdio.Resize != nil {
@@ -266,6 +263,10 @@ func (r *run) attach(ctx context.Context, stdio driver.Stdio) error {
 	<-r.ended
 	return exitError(int(r.terminated.ExitCode))
 }
+
+type writerFunc func(data []byte) (int, error)
+
+func (f writerFunc) Write(data []byte) (int, error) { return f(data) }
 
 // resize sets the terminal to each size that comes; the last one counts,
 // whoever of several clients it is from.

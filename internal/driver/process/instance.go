@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"sync"
@@ -140,55 +139,79 @@ func (s *streams) close() {
 
 // copyOutput hands what a command writes to deliver, which returns how much of
 // it it has taken: all, if it is told that no more will come. What it leaves is
-// offered again with more behind it.
+// offered again with more behind it. At most size bytes are offered at once.
 //
 // Usually the end is an end of file. But an end of a pipe may have been handed
 // to a process that isn't the command's, and live on with it. So the end of the
 // command sets a read deadline, and then what is there is all that there is.
+//
+// While there is nothing to read there is no buffer.
 func copyOutput(f *os.File, size int, deliver func(data []byte, eof bool) (int, error)) error {
-	buf := make([]byte, size)
+	raw, err := f.SyscallConn()
+	if err != nil {
+		_, err := deliver(nil, true)
+		return err
+	}
+	var buf *outputBuffer
+	release := func() {
+		if buf != nil {
+			outputBuffers.Put(buf)
+			buf = nil
+		}
+	}
+	defer release()
 	kept := 0
 	ended := false
 	for {
-		n, err := 0, error(nil)
-		if !ended {
-			n, err = f.Read(buf[kept:])
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				ended = true
-				if f.SetReadDeadline(time.Time{}) != nil {
-					err = io.EOF
+		n, readErr := 0, error(nil)
+		err := raw.Read(func(fd uintptr) bool {
+			if buf == nil {
+				buf = outputBuffers.Get().(*outputBuffer)
+			}
+			for {
+				n, readErr = syscall.Read(int(fd), buf[kept:size])
+				if readErr != syscall.EINTR {
+					break
 				}
 			}
-		}
-		if ended && n == 0 {
-			n, err = readAvailable(f, buf[kept:])
+			if readErr != syscall.EAGAIN || ended {
+				return true
+			}
+			if kept == 0 {
+				release()
+			}
+			return false
+		})
+		if errors.Is(err, os.ErrDeadlineExceeded) && !ended {
+			ended = true
+			if f.SetReadDeadline(time.Time{}) == nil {
+				continue
+			}
 		}
 		// A terminal whose last user has gone is EIO.
-		eof := err != nil || n == 0
-		taken, err := deliver(buf[:kept+n], eof)
+		eof := err != nil || readErr != nil || n <= 0
+		var data []byte
+		if buf != nil {
+			data = buf[:kept+max(n, 0)]
+		}
+		taken, err := deliver(data, eof)
 		if eof || err != nil {
 			return err
 		}
-		kept = copy(buf, buf[taken:kept+n])
+		if kept = copy(buf[:], data[taken:]); kept == 0 {
+			release()
+		}
 	}
 }
 
-// readAvailable reads without waiting; at the end of what there is, it returns
-// nothing.
-func readAvailable(f *os.File, buf []byte) (n int, err error) {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	err = raw.Read(func(fd uintptr) bool {
-		for {
-			if n, err = syscall.Read(int(fd), buf); err != syscall.EINTR {
-				return true
-			}
-		}
-	})
-	return max(n, 0), err
-}
+// outputBuffer is as large as the largest that copyOutput is asked for.
+type outputBuffer [logBuffer]byte
+
+var outputBuffers = sync.Pool{New: func() any { return new(outputBuffer) }}
+
+// execBuffer is how much of the output of a command beside an instance is read
+// at once: all that a pipe holds.
+const execBuffer = 64 << 10
 
 // logBuffer is how much of an instance's output is read at once. A line that
 // has no end yet stays in it.
