@@ -80,8 +80,12 @@ func upgrade(conn net.Conn, method, host, path, headers string) (*bufio.Reader, 
 	return r, nil
 }
 
+func upgradeWebSocket(conn net.Conn, host, path string) (*bufio.Reader, error) {
+	return upgrade(conn, http.MethodGet, host, path, "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n")
+}
+
 func idleWebSocket(conn net.Conn, host, path string) error {
-	r, err := upgrade(conn, http.MethodGet, host, path, "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n")
+	r, err := upgradeWebSocket(conn, host, path)
 	if err != nil {
 		return err
 	}

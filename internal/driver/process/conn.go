@@ -81,12 +81,12 @@ func (c *conn) Exec(_ context.Context, opts driver.ExecOptions) (driver.Run, err
 		return nil, err
 	}
 	return func(ctx context.Context, stdio driver.Stdio) error {
-		return r.exec(ctx, c.req.Target.Namespace+"/"+c.id.Name+" exec", command, stdio)
+		return r.exec(ctx, &c.driver.shims, c.req.Target.Namespace+"/"+c.id.Name+" exec", command, stdio)
 	}, nil
 }
 
 // exec runs a command beside the instance.
-func (r *run) exec(ctx context.Context, title string, command *shim.Command, stdio driver.Stdio) error {
+func (r *run) exec(ctx context.Context, shims *shim.Starter, title string, command *shim.Command, stdio driver.Stdio) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -105,7 +105,7 @@ func (r *run) exec(ctx context.Context, title string, command *shim.Command, std
 		default:
 		}
 	}
-	child, err := shim.Start(title, command, streams.stdin, streams.stdout, streams.stderr)
+	child, err := shims.Start(title, command, streams.stdin, streams.stdout, streams.stderr)
 	streams.started()
 	if err != nil {
 		return r.setting.startError(command, err)

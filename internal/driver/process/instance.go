@@ -236,7 +236,7 @@ func (d *Driver) start(what driver.Instance, i *instance) (_ *run, err error) {
 	if err != nil {
 		return nil, err
 	}
-	child, err := shim.Start(what.Target.Namespace+"/"+what.Name, command, streams.stdin, streams.stdout, streams.stderr)
+	child, err := d.shims.Start(what.Target.Namespace+"/"+what.Name, command, streams.stdin, streams.stdout, streams.stderr)
 	streams.started()
 	if err != nil {
 		streams.close()

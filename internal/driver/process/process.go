@@ -23,6 +23,7 @@ import (
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/driver/process/shim"
 )
 
 // Options are the settings of a Driver.
@@ -53,6 +54,7 @@ type Driver struct {
 	dir     string
 	logs    logSettings
 	changes *changes
+	shims   shim.Starter
 
 	mu        sync.Mutex // protects what follows; a log's locks come after it
 	closed    bool
@@ -369,6 +371,7 @@ func (d *Driver) Close() error {
 		d.mu.Unlock()
 	}
 	d.busy.Wait()
+	d.shims.Close()
 	if first {
 		d.changes.close()
 	}

@@ -46,11 +46,85 @@ var own = struct {
 	adopting sync.Once
 }{shims: make(map[int]bool)}
 
+// Starter starts commands, and keeps a shim in reserve that waits for the next:
+// until a program as large as this one is up, its command would be done. The
+// zero value is ready. Close ends what it keeps.
+type Starter struct {
+	mu      sync.Mutex // protects what follows
+	reserve *Child     // a shim without a command; nil if there is none
+	making  bool       // there will be one
+	closed  bool
+	busy    sync.WaitGroup
+}
+
+// Start runs a command under a shim, as the function Start does.
+func (s *Starter) Start(title string, command *Command, stdin, stdout, stderr *os.File) (*Child, error) {
+	s.mu.Lock()
+	c := s.reserve
+	s.reserve = nil
+	s.mu.Unlock()
+	defer s.refill()
+	if c != nil {
+		err := c.run(title, command, stdin, stdout, stderr)
+		if err != errNoShim { //nolint:errorlint // it is never wrapped
+			if err != nil {
+				return nil, err
+			}
+			return c, nil
+		}
+	}
+	return Start(title, command, stdin, stdout, stderr)
+}
+
+func (s *Starter) refill() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.making || s.reserve != nil {
+		return
+	}
+	s.making = true
+	s.busy.Go(func() {
+		c, err := newShim()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.making = false
+		if err == nil { // else whoever starts the next command says why
+			s.reserve = c
+		}
+	})
+}
+
+// Close ends the shim in reserve. Those that have a command go on.
+func (s *Starter) Close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.busy.Wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.reserve != nil {
+		s.reserve.discard()
+		s.reserve = nil
+	}
+}
+
 // Start runs a command under a shim, whose title in a list of processes says
 // what for. The error is a *StartError if the command is at fault.
 //
 // The streams are the command's standard ones. The caller closes its copies.
 func Start(title string, command *Command, stdin, stdout, stderr *os.File) (*Child, error) {
+	c, err := newShim()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.run(title, command, stdin, stdout, stderr); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// newShim starts a shim that waits for its command.
+func newShim() (*Child, error) {
 	// Should a shim be killed, what it ran is orphaned. Then it comes to us.
 	own.adopting.Do(func() { prctl(prSetChildSubreaper, 1) })
 
@@ -65,34 +139,58 @@ func Start(title string, command *Command, stdin, stdout, stderr *os.File) (*Chi
 		return nil, os.NewSyscallError("control connection", err)
 	}
 	c := &Child{control: os.NewFile(uintptr(fds[0]), "control"), done: make(chan struct{})}
-	if err := c.spawn(title, stdin, stdout, stderr, theirs); err != nil {
+	if err := c.spawn(theirs); err != nil {
 		c.control.Close()
 		return nil, os.NewSyscallError("starting a shim", err)
 	}
-	theirs.Close()
-	if err := c.start(command); err != nil {
-		c.shim.Kill()
-		c.control.Close()
-		c.reap()
-		if _, ok := errors.AsType[*StartError](err); !ok {
-			killOrphans() // it may have started all the same
-		}
-		return nil, err
-	}
-	go c.watch()
 	return c, nil
 }
 
-// spawn starts the shim.
-func (c *Child) spawn(title string, files ...*os.File) error {
+// discard ends a shim that has no command.
+func (c *Child) discard() {
+	c.shim.Kill()
+	c.control.Close()
+	c.reap()
+}
+
+// run has the shim run a command. After an error the shim is no more.
+func (c *Child) run(title string, command *Command, stdin, stdout, stderr *os.File) error {
+	if err := c.start(title, command, stdin, stdout, stderr); err != nil {
+		c.discard()
+		if _, ok := errors.AsType[*StartError](err); !ok && err != errNoShim { //nolint:errorlint // it is never wrapped
+			killOrphans() // it may have started all the same
+		}
+		return err
+	}
+	go c.watch()
+	return nil
+}
+
+// roomForTitle is the title of a shim that has no command yet: spaces, as an
+// argument can't have zeros.
+var roomForTitle = func() string {
+	title := make([]byte, maxTitle)
+	for i := copy(title, "in reserve"); i < maxTitle; i++ {
+		title[i] = ' '
+	}
+	return string(title)
+}()
+
+// spawn starts the shim. Its title is put in later: this is room for it.
+func (c *Child) spawn(control *os.File) error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
 	own.Lock()
 	defer own.Unlock()
-	shim, err := os.StartProcess("/proc/self/exe", []string{Name, title}, &os.ProcAttr{
+	shim, err := os.StartProcess("/proc/self/exe", []string{Name, roomForTitle}, &os.ProcAttr{
 		Dir: "/",
 		// A shim does next to nothing, and need not be prepared for more. The
 		// other is for race tests, where each exit would take a second.
 		Env:   []string{"GOMAXPROCS=2", "GORACE=atexit_sleep_ms=0"},
-		Files: files,
+		Files: []*os.File{null, null, null, control},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
 	if err != nil {
@@ -116,15 +214,25 @@ func (c *Child) reap() {
 // been stopped by the command before it could say so.
 const startPatience = 30 * time.Second
 
+// errNoShim says that the shim was gone before it was told all.
+var errNoShim = errors.New("the shim has gone")
+
 // start has the shim start the command.
-func (c *Child) start(command *Command) error {
-	if err := writeFrame(c.control, frameStart, command.encode()); err != nil {
-		return os.NewSyscallError("shim", err)
+func (c *Child) start(title string, command *Command, streams ...*os.File) error {
+	var fds []int
+	for _, f := range streams {
+		fds = append(fds, int(f.Fd()))
 	}
+	if err := c.send(frame(frameStart, command.encodeStart(title)), syscall.UnixRights(fds...)); err != nil {
+		return err
+	}
+	runtime.KeepAlive(streams)
 	c.control.SetReadDeadline(time.Now().Add(startPatience))
 	kind, payload, err := readFrame(c.control)
 	c.control.SetReadDeadline(time.Time{})
 	switch {
+	case errors.Is(err, syscall.ECONNRESET):
+		return errNoShim // it left unread what it was sent
 	case err != nil:
 		return os.NewSyscallError("the shim ended before it started the command", err)
 	case kind == frameStarted && len(payload) == 4:
@@ -134,6 +242,32 @@ func (c *Child) start(command *Command) error {
 		return &StartError{Errno: syscall.Errno(number(payload))}
 	}
 	return errFrame
+}
+
+// send writes to the control connection, file descriptors with the first byte.
+func (c *Child) send(data, rights []byte) error {
+	raw, err := c.control.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var n int
+	var sent error
+	err = raw.Write(func(fd uintptr) bool {
+		n, sent = syscall.SendmsgN(int(fd), data, rights, nil, syscall.MSG_NOSIGNAL)
+		return sent != syscall.EAGAIN && sent != syscall.EINTR
+	})
+	switch {
+	case err != nil:
+		return err
+	case sent == syscall.EPIPE || sent == syscall.ECONNRESET:
+		return errNoShim
+	case sent != nil:
+		return os.NewSyscallError("sendmsg", sent)
+	}
+	if _, err := c.control.Write(data[n:]); err != nil {
+		return os.NewSyscallError("shim", err)
+	}
+	return nil
 }
 
 // watch waits for the end.

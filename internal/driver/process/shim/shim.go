@@ -99,20 +99,27 @@ func run() int {
 		}
 	}
 
+	// Until its command comes, nothing distinguishes a shim in reserve.
+	var header frameHeader
+	streams, err := readRights(header[:])
+	if err != nil {
+		return 1 // the agent has gone, or needs it no more
+	}
 	control := os.NewFile(controlFD, "control")
-	kind, payload, err := readFrame(control)
-	if err != nil || kind != frameStart {
+	kind, payload, err := readPayload(control, header)
+	if err != nil || kind != frameStart || len(streams) != 3 {
 		return 1
 	}
-	command, err := decodeCommand(payload)
+	title, command, err := decodeStart(payload)
 	if err != nil {
 		return fail(syscall.EINVAL)
 	}
+	setTitle(title)
 	pidfd := -1
 	pid, err := syscall.ForkExec(command.Path, command.Args, &syscall.ProcAttr{
 		Dir:   command.Dir,
 		Env:   command.Env,
-		Files: []uintptr{0, 1, 2},
+		Files: streams,
 		Sys: &syscall.SysProcAttr{
 			Credential: command.Credential,
 			Setsid:     true,
@@ -126,7 +133,10 @@ func run() int {
 		errors.As(err, &errno)
 		return fail(errno)
 	}
-	closeStdio()
+	// The command's standard streams end with the command.
+	for _, fd := range streams {
+		syscall.Close(int(fd))
+	}
 	// Whoever stops the agent, be it by a ^C or as a service manager that
 	// signals all of its processes, leaves it to the agent to end its commands
 	// in order.
@@ -295,18 +305,41 @@ func closeInherited() {
 	}
 }
 
-// closeStdio lets go of the command's standard streams, so that they end with
-// the command.
-func closeStdio() {
-	null, err := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
-	for fd := range 3 {
-		if err == nil {
-			syscall.Dup3(null, fd, 0)
-		} else {
-			syscall.Close(fd)
+// readRights fills data from the control connection, and takes the file
+// descriptors that come with it.
+func readRights(data []byte) ([]uintptr, error) {
+	const most = 3
+	oob := make([]byte, syscall.CmsgSpace(most*4))
+	for {
+		n, oobn, _, _, err := syscall.Recvmsg(controlFD, data, oob, syscall.MSG_CMSG_CLOEXEC|syscall.MSG_WAITALL)
+		if err == syscall.EINTR {
+			continue
 		}
+		if err != nil {
+			return nil, err
+		}
+		if n != len(data) {
+			return nil, errFrame
+		}
+		messages, err := syscall.ParseSocketControlMessage(oob[:oobn])
+		if err != nil || len(messages) != 1 {
+			return nil, errFrame
+		}
+		fds, err := syscall.ParseUnixRights(&messages[0])
+		var files []uintptr
+		for _, fd := range fds {
+			files = append(files, uintptr(fd))
+		}
+		return files, err
 	}
-	if err == nil {
-		syscall.Close(null)
+}
+
+// setTitle changes what a list of processes shows of the shim: its argument 1,
+// in whose place the kernel looks.
+func setTitle(title string) {
+	if len(os.Args) < 2 || len(os.Args[1]) < len(title) {
+		return
 	}
+	place := unsafe.Slice(unsafe.StringData(os.Args[1]), len(os.Args[1]))
+	clear(place[copy(place, title):])
 }

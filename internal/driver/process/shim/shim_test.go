@@ -2,10 +2,14 @@ package shim_test
 
 import (
 	"bytes"
+	"errors"
+	"io"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -93,5 +97,100 @@ func BenchmarkBareCommand(b *testing.B) {
 		if err := exec.Command("/bin/true").Run(); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// awaitReserve waits until a shim is in reserve.
+func awaitReserve(t *testing.T, s *shim.Starter) int {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		if pid := s.Reserve(); pid != 0 {
+			return pid
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("no shim is made in reserve")
+		}
+	}
+}
+
+// echo runs a command under a shim and returns its shim's pid.
+func echo(t *testing.T, s *shim.Starter) int {
+	t.Helper()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	c, err := s.Start("shop/web-0 exec", &shim.Command{
+		// That which starts it is its shim, by the title that it was given.
+		Path: "/bin/sh", Args: []string{"sh", "-c", `tr '\000' ' ' </proc/$PPID/cmdline`}, Env: []string{"PATH=/usr/bin:/bin"}, Dir: "/",
+	}, null, w, w)
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff("aaserver: shim shop/web-0 exec", strings.TrimRight(string(out), " \n")); diff != "" {
+		t.Errorf("the shim's command line (-want +got):\n%s", diff)
+	}
+	if result := c.Wait(); result.Status != 0 || result.Lost || result.Left != 0 {
+		t.Errorf("the command ended with %+v", result)
+	}
+	return c.Shim()
+}
+
+func gone(pid int) bool {
+	return syscall.Kill(pid, 0) == syscall.ESRCH
+}
+
+func TestStarterKeepsAShimInReserve(t *testing.T) {
+	var s shim.Starter
+	defer s.Close()
+	echo(t, &s) // there is none for the first
+	for range 3 {
+		reserve := awaitReserve(t, &s)
+		if used := echo(t, &s); used != reserve {
+			t.Errorf("the shim %d was used, and not %d, which was in reserve", used, reserve)
+		}
+	}
+	// One that was killed is none.
+	killed := awaitReserve(t, &s)
+	if err := syscall.Kill(killed, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if used := echo(t, &s); used == killed {
+		t.Errorf("the shim %d was used, which had been killed", used)
+	}
+	// Nor does one that can't run its command, come back.
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	failing := awaitReserve(t, &s)
+	_, err = s.Start("fails", &shim.Command{Path: "/does/not/exist", Args: []string{"x"}, Dir: "/"}, null, null, null)
+	if start, ok := errors.AsType[*shim.StartError](err); !ok || start.Errno != syscall.ENOENT {
+		t.Errorf("got %v, want ENOENT", err)
+	}
+	if !gone(failing) {
+		t.Errorf("the shim %d is left, whose command couldn't be started", failing)
+	}
+	last := awaitReserve(t, &s)
+	s.Close()
+	if !gone(last) || s.Reserve() != 0 {
+		t.Errorf("the shim %d is left", last)
+	}
+	// What is started after that works, and leaves nothing.
+	echo(t, &s)
+	if pid := s.Reserve(); pid != 0 {
+		t.Errorf("the shim %d was made after the end", pid)
 	}
 }

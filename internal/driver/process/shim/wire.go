@@ -10,7 +10,7 @@ import (
 // length, the payload. The driver sends start first, then signal and kill; the
 // shim answers with started or failed, and with ended last.
 const (
-	frameStart  = 'S' // a Command
+	frameStart  = 'S' // a title and a Command; the command's standard streams come with it
 	frameSignal = 's' // a signal's number, for the command alone
 	frameKill   = 'k' // end everything
 
@@ -37,17 +37,30 @@ type Command struct {
 	Credential *syscall.Credential
 }
 
-func writeFrame(w io.Writer, kind byte, payload []byte) error {
+// maxTitle bounds the title of a shim, in bytes.
+const maxTitle = 160
+
+func frame(kind byte, payload []byte) []byte {
 	frame := append([]byte{kind}, numbers(uint32(len(payload)))...)
-	_, err := w.Write(append(frame, payload...))
+	return append(frame, payload...)
+}
+
+func writeFrame(w io.Writer, kind byte, payload []byte) error {
+	_, err := w.Write(frame(kind, payload))
 	return err
 }
 
+type frameHeader [5]byte
+
 func readFrame(r io.Reader) (kind byte, payload []byte, err error) {
-	var header [5]byte
+	var header frameHeader
 	if _, err := io.ReadFull(r, header[:]); err != nil {
 		return 0, nil, err
 	}
+	return readPayload(r, header)
+}
+
+func readPayload(r io.Reader, header frameHeader) (kind byte, payload []byte, err error) {
 	n := number(header[1:])
 	if n > maxFrame {
 		return 0, nil, errFrame
@@ -69,6 +82,21 @@ func numbers(values ...uint32) []byte {
 
 func number(b []byte) uint32 {
 	return uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
+}
+
+func (c *Command) encodeStart(title string) []byte {
+	title = title[:min(len(title), maxTitle)]
+	b := append(numbers(uint32(len(title))), title...)
+	return append(b, c.encode()...)
+}
+
+func decodeStart(b []byte) (title string, c Command, err error) {
+	if len(b) < 4 || uint64(number(b)) > uint64(len(b)-4) {
+		return "", c, errFrame
+	}
+	n := number(b)
+	c, err = decodeCommand(b[4+n:])
+	return string(b[4 : 4+n]), c, err
 }
 
 // encode writes the fields in order, each list after its length.
