@@ -95,7 +95,13 @@ func serveCommandWebSocket(w http.ResponseWriter, r *http.Request, req CommandRe
 	if err != nil {
 		return refuse(w, err)
 	}
-	c, err := upgradeWebSocket(w, r, opts, subprotocol)
+	first := remotecommand.StreamErr
+	if req.Stdout {
+		first = remotecommand.StreamStdOut
+	} else if req.Stderr {
+		first = remotecommand.StreamStdErr
+	}
+	c, err := greetWebSocket(w, r, opts, subprotocol, first)
 	if err != nil {
 		return err
 	}
@@ -120,17 +126,6 @@ func serveCommandWebSocket(w http.ResponseWriter, r *http.Request, req CommandRe
 		stdio.Resize = sizes.c
 	}
 
-	// An empty message says that the connection stands.
-	first := remotecommand.StreamErr
-	if req.Stdout {
-		first = remotecommand.StreamStdOut
-	} else if req.Stderr {
-		first = remotecommand.StreamStdErr
-	}
-	if err := c.send(first, nil); err != nil {
-		return err
-	}
-
 	reader := make(chan struct{})
 	c.wg.Go(func() {
 		defer close(reader)
@@ -153,10 +148,11 @@ func serveCommandWebSocket(w http.ResponseWriter, r *http.Request, req CommandRe
 	} else if status.Status != metav1.StatusSuccess {
 		text = []byte(truncate(status.Message, maxStatus))
 	}
-	if text != nil && c.send(remotecommand.StreamErr, text) != nil {
-		return err
-	}
-	if c.finish(websocket.CloseNormalClosure, "") == nil {
+	if text != nil {
+		if c.finishWith(remotecommand.StreamErr, text) == nil {
+			c.linger(reader)
+		}
+	} else if c.finish(websocket.CloseNormalClosure, "") == nil {
 		c.linger(reader)
 	}
 	return err

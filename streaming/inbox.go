@@ -89,10 +89,12 @@ func (b *inbox) receive(r io.Reader, n int64) error {
 			space = space[:n]
 		}
 		m, err := r.Read(space)
-		b.commit(m)
 		if n > 0 {
 			n -= int64(m)
 		}
+		// The rest of a frame is on its way: waking the reader for each part of
+		// it costs more than reading it. A message may never end.
+		b.commit(m, n <= 0 || m == len(space) || err != nil)
 		if err == io.EOF && n <= 0 {
 			return nil
 		}
@@ -136,6 +138,7 @@ func (b *inbox) reserve() []byte {
 			return space
 		}
 		b.mu.Unlock()
+		signal(b.readable) // it may not have been told of all that there is
 
 		if drip == nil && b.limits.drip > 0 {
 			timer := time.NewTicker(b.limits.interval)
@@ -153,14 +156,16 @@ func (b *inbox) reserve() []byte {
 	}
 }
 
-func (b *inbox) commit(n int) {
+// commit adds what was written to the room that reserve gave. wake says
+// whether the reader is to look at once.
+func (b *inbox) commit(n int, wake bool) {
 	b.mu.Lock()
 	b.tail.end += n
 	b.size += n
 	b.filling = false
 	b.release()
 	b.mu.Unlock()
-	if n > 0 {
+	if wake {
 		signal(b.readable)
 	}
 }

@@ -66,10 +66,14 @@ type link struct {
 	lastHeartbeat int64
 	heartbeats    atomic.Int32
 
-	wmu  sync.Mutex // serialises writes; protects the three below
+	wmu  sync.Mutex // serialises writes; protects those below
 	head [192]byte  // for the headers of the frame that is being written
 	vec  [2][]byte
 	last bool // the last frame was written
+	// held is written along with the next, in one system call. hold says that
+	// the next is held.
+	held []byte
+	hold bool
 
 	unbound func() // undoes bound
 
@@ -129,6 +133,13 @@ func (l *link) Read(p []byte) (int, error) {
 func (l *link) write(head, body []byte) error {
 	if l.last {
 		return net.ErrClosed
+	}
+	if l.hold {
+		l.held, l.hold = append(append(l.held, head...), body...), false
+		return nil
+	}
+	if l.held != nil {
+		head, l.held = append(l.held, head...), nil
 	}
 	began := l.now()
 	l.sendStart.Store(began)

@@ -189,7 +189,7 @@ func (o *wsLog) begin() error {
 		return o.err
 	}
 	o.begun = true
-	o.conn, o.err = upgradeWebSocket(o.w, o.r, o.opts, o.subprotocol)
+	o.conn, o.err = greetWebSocket(o.w, o.r, o.opts, o.subprotocol, noChannel)
 	if o.err != nil {
 		o.cancel(o.err)
 		return o.err
@@ -204,9 +204,7 @@ func (o *wsLog) begin() error {
 			}
 		}
 	})
-	// An empty message says that the connection stands.
-	o.err = o.conn.send(noChannel, nil)
-	return o.err
+	return nil
 }
 
 func (o *wsLog) Write(p []byte) (int, error) {

@@ -107,6 +107,26 @@ var unusedBuffers sync.Pool
 // upgradeWebSocket upgrades the request, or answers it with a Status. The
 // caller closes the connection, which is being pinged.
 func upgradeWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subprotocol string) (*wsConn, error) {
+	return startWebSocket(w, r, opts, subprotocol, false)
+}
+
+// greetWebSocket upgrades the request as upgradeWebSocket does, and sends an
+// empty message along with the answer: it says that the connection stands.
+func greetWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subprotocol string, channel int) (*wsConn, error) {
+	c, err := startWebSocket(w, r, opts, subprotocol, true)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.send(channel, nil); err != nil {
+		c.close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// startWebSocket upgrades the request. hold says that the answer waits for what
+// is sent first.
+func startWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subprotocol string, hold bool) (*wsConn, error) {
 	if err := checkOrigin(r, opts); err != nil {
 		return nil, refuse(w, err)
 	}
@@ -114,9 +134,10 @@ func upgradeWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subp
 		link:   newLink(r, opts, "websocket/"+subprotocol),
 		base64: strings.Contains(subprotocol, "base64."),
 	}
+	c.hold = hold
 	upgrader := websocket.Upgrader{
-		WriteBufferPool: &unusedBuffers, // frames aren't written by it
-		CheckOrigin: func(*http.Request) bool { return true }, // done above
+		WriteBufferPool: &unusedBuffers,                           // frames aren't written by it
+		CheckOrigin:     func(*http.Request) bool { return true }, // done above
 		Error: func(w http.ResponseWriter, _ *http.Request, code int, reason error) {
 			status := metav1.StatusReasonBadRequest
 			if code >= 500 {
@@ -231,10 +252,38 @@ func closing(err error) (code int, reason string) {
 // finish sends the close frame; no more pings follow.
 func (c *wsConn) finish(code int, reason string) error {
 	c.quiet()
+	return c.control(websocket.CloseMessage, websocket.FormatCloseMessage(c.closeCode(code), truncate(reason, 120)))
+}
+
+// closeCode is code, unless the client broke the protocol.
+func (c *wsConn) closeCode(code int) int {
 	if errors.Is(context.Cause(c.ctx), ErrProtocol) {
-		code = websocket.CloseProtocolError
+		return websocket.CloseProtocolError
 	}
-	return c.control(websocket.CloseMessage, websocket.FormatCloseMessage(code, truncate(reason, 120)))
+	return code
+}
+
+// finishWith sends a message and the close frame as one; no more pings follow.
+// p is at most maxStatus long.
+func (c *wsConn) finishWith(channel int, p []byte) error {
+	c.quiet()
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	if err := c.over(); err != nil {
+		return err
+	}
+	opcode, zero := websocket.BinaryMessage, byte(0)
+	if c.base64 {
+		opcode, zero = websocket.TextMessage, '0'
+		p = base64.StdEncoding.AppendEncode(nil, p)
+	}
+	frames := append(c.frame(opcode, 1+len(p)), zero+byte(channel))
+	frames = append(append(make([]byte, 0, 2*maxStatus), frames...), p...)
+	code := websocket.FormatCloseMessage(c.closeCode(websocket.CloseNormalClosure), "")
+	frames = append(append(frames, c.frame(websocket.CloseMessage, len(code))...), code...)
+	err := c.write(frames, nil)
+	c.last = true
+	return err
 }
 
 // closeSignal is the channel of the CLOSE signal; its number isn't shifted in
