@@ -6,9 +6,13 @@ import (
 	"time"
 )
 
-// chunkSize is the unit of buffering, and the most data that goes into one
-// message or frame. It is what io.Copy and client-go use.
-const chunkSize = 32 << 10
+const (
+	// chunkSize is the unit of buffering. It is what io.Copy and client-go use.
+	chunkSize = 32 << 10
+	// frameSize is the most data that goes into one message or frame: all that a
+	// pipe holds. In base64 it is chunkSize.
+	frameSize = 64 << 10
+)
 
 type chunk struct {
 	data       [chunkSize]byte

@@ -20,6 +20,8 @@ const (
 	// slowWrite is how long a write takes if the peer, or the way to it, is
 	// slow: more than a scheduler's hiccup.
 	slowWrite = 200 * time.Millisecond
+	// tlsRecord is the most data that goes into one record of TLS.
+	tlsRecord = 16 << 10
 	// lingerSilence is how long the server waits, after its last word, for a
 	// client that sends nothing.
 	lingerSilence = 10 * time.Second
@@ -152,10 +154,10 @@ func (l *link) write(head, body []byte) error {
 		bufs := net.Buffers(l.vec[:])
 		_, err = bufs.WriteTo(l.tcp)
 		l.vec[1] = nil
-	default: // TLS: a record of its own for the header would cost more than the copy
+	default: // TLS: a record of its own for the header would cost more than a copy
 		buf := buffers.Get().(*buffer)
 		n := copy(buf[:], head)
-		m := copy(buf[n:], body)
+		m := copy(buf[n:max(n, tlsRecord)], body) // the rest is copied by TLS anyway
 		_, err = l.conn.Write(buf[:n+m])
 		if err == nil && m < len(body) {
 			_, err = l.conn.Write(body[m:])

@@ -383,7 +383,7 @@ func (c *spdyConn) reply(id uint32) error {
 	return c.write(append(head, headers...), nil)
 }
 
-// data writes a data frame of at most chunkSize bytes.
+// data writes a data frame of at most frameSize bytes.
 func (c *spdyConn) data(id uint32, flags byte, p []byte) error {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
@@ -431,7 +431,7 @@ func (s *spdyStream) Write(p []byte) (int, error) {
 		if err != nil {
 			return n, err
 		}
-		part := p[n:min(len(p), n+chunkSize)]
+		part := p[n:min(len(p), n+frameSize)]
 		if err := s.conn.data(s.id, 0, part); err != nil {
 			return n, err
 		}

@@ -156,6 +156,39 @@ func TestSPDYSetupTimeoutClosesTheConnection(t *testing.T) {
 	}
 }
 
+func TestSPDYResetEndsThatStreamAlone(t *testing.T) {
+	s := serveCommand(t, CommandRequest{Stdin: true, Stdout: true, Stderr: true}, Options{}, func(ctx context.Context, stdio Stdio) error {
+		// The client says when it has reset the stream.
+		if _, err := io.ReadFull(stdio.Stdin, make([]byte, 1)); err != nil {
+			return err
+		}
+		if _, err := stdio.Stdout.Write([]byte("x")); !errors.Is(err, ErrStreamReset) {
+			t.Errorf("writing to a stream that was reset: %v, want %v", err, ErrStreamReset)
+		}
+		if ctx.Err() != nil {
+			t.Errorf("the session ended with the stream: %v", context.Cause(ctx))
+		}
+		_, err := io.Copy(stdio.Stderr, stdio.Stdin)
+		return err
+	})
+	c := dialRawSPDY(t, s.URL, "v4.channel.k8s.io")
+	for i, kind := range []string{"error", "stdin", "stdout", "stderr"} {
+		c.open(spdy.StreamId(2*i+1), "streamtype", kind)
+	}
+	c.write(&spdy.RstStreamFrame{StreamId: 5, Status: spdy.Cancel})
+	c.write(&spdy.DataFrame{StreamId: 3, Data: []byte("."), Flags: 0})
+	c.write(&spdy.DataFrame{StreamId: 3, Data: []byte("on it goes"), Flags: spdy.DataFlagFin})
+	c.last(1)
+	c.last(7)
+	if diff := cmp.Diff("on it goes", c.data[7]); diff != "" {
+		t.Errorf("stderr (-want +got):\n%s", diff)
+	}
+	c.conn.Close() // the server waits for that
+	if err := s.result(t); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestSPDYFrames(t *testing.T) {
 	control := func(kind uint16, flags byte, payload string) []byte {
 		f := binary.BigEndian.AppendUint16(nil, 0x8003)

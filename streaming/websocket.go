@@ -217,7 +217,7 @@ func (c *wsConn) control(opcode int, payload []byte) error {
 // noChannel writes a message that has no channel.
 const noChannel = -1
 
-// send writes one message. p is at most chunkSize long.
+// send writes one message. p is at most frameSize long, in base64 chunkSize.
 func (c *wsConn) send(channel int, p []byte) error {
 	if c.base64 {
 		buf := buffers.Get().(*buffer)
@@ -348,9 +348,13 @@ type channelWriter struct {
 }
 
 func (w channelWriter) Write(p []byte) (int, error) {
+	most := frameSize
+	if w.conn.base64 {
+		most = chunkSize
+	}
 	var n int
 	for {
-		part := p[n:min(len(p), n+chunkSize)]
+		part := p[n:min(len(p), n+most)]
 		if err := w.conn.send(w.channel, part); err != nil {
 			return n, err
 		}
