@@ -163,10 +163,10 @@ func TestLogOverWebSocket(t *testing.T) {
 		want      []message
 		code      int
 	}{
-		"binary":         {[]string{"binary.k8s.io"}, nil, []message{raw(""), raw("one\n"), raw(long[:chunkSize]), raw(long[chunkSize : 2*chunkSize]), raw(long[2*chunkSize:])}, 1000},
+		"binary":         {[]string{"binary.k8s.io"}, nil, []message{raw(""), raw("one\n"), raw(long[:frameSize]), raw(long[frameSize:])}, 1000},
 		"base64":         {[]string{"base64.binary.k8s.io"}, nil, []message{b64(""), b64("one\n"), b64(long[:chunkSize]), b64(long[chunkSize : 2*chunkSize]), b64(long[2*chunkSize:])}, 1000},
-		"no subprotocol": {nil, nil, []message{raw(""), raw("one\n"), raw(long[:chunkSize]), raw(long[chunkSize : 2*chunkSize]), raw(long[2*chunkSize:])}, 1000},
-		"an error later": {[]string{"binary.k8s.io"}, errors.New("the log file is gone"), []message{raw(""), raw("one\n"), raw(long[:chunkSize]), raw(long[chunkSize : 2*chunkSize]), raw(long[2*chunkSize:])}, 1011},
+		"no subprotocol": {nil, nil, []message{raw(""), raw("one\n"), raw(long[:frameSize]), raw(long[frameSize:])}, 1000},
+		"an error later": {[]string{"binary.k8s.io"}, errors.New("the log file is gone"), []message{raw(""), raw("one\n"), raw(long[:frameSize]), raw(long[frameSize:])}, 1011},
 	}
 	for name, tc := range cases {
 		t.Run(name, func(t *testing.T) {

@@ -26,11 +26,13 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/go-logr/logr"
 	"github.com/gorilla/websocket"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/client-go/transport/spdy"
 	criremotecommand "k8s.io/cri-streaming/pkg/streaming/remotecommand"
+	"k8s.io/klog/v2"
 
 	"aaserver.io/aaserver/streaming"
 )
@@ -38,10 +40,6 @@ import (
 // Exec is measured beside k8s.io/cri-streaming: the same client, command and
 // protocol, and each server a process of its own, which is this program again,
 // so that its processor time isn't mixed with the client's.
-
-// execServerArg as the first argument makes this program one of those servers;
-// the second is its name.
-const execServerArg = "exec-server"
 
 const (
 	execOurs = "ours"
@@ -59,13 +57,16 @@ type execAddresses struct {
 	CA         []byte // PEM
 }
 
-// serveExec is the process of a server, which ends with its standard input. It
-// returns the exit code.
-func serveExec(name string) int {
-	handler, err := execHandler(name)
+// runExecServer is the process of a server, whose name is the argument. It ends
+// with its standard input.
+func runExecServer(args []string) error {
+	klog.SetLogger(logr.Discard()) // the peer tells of every connection's end
+	if len(args) != 1 {
+		return errors.New("the name of a server is needed")
+	}
+	handler, err := execHandler(args[0])
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "bench:", err)
-		return 2
+		return err
 	}
 	plain, secure := httptest.NewServer(handler), httptest.NewUnstartedServer(handler)
 	defer plain.Close()
@@ -74,10 +75,10 @@ func serveExec(name string) int {
 	defer secure.Close()
 	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secure.Certificate().Raw})
 	if err := json.NewEncoder(os.Stdout).Encode(execAddresses{plain.URL, secure.URL, ca}); err != nil {
-		return 1
+		return err
 	}
-	io.Copy(io.Discard, os.Stdin)
-	return 0
+	_, err = io.Copy(io.Discard, os.Stdin)
+	return err
 }
 
 // execCommand is what a server's command does: paths are "/one", which writes a
@@ -159,7 +160,7 @@ func startExecServer(name string) (_ *execServer, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &execServer{cmd: exec.Command(self, execServerArg, name)}
+	s := &execServer{cmd: exec.Command(self, "role-exec", name)}
 
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if s.stdin, err = s.cmd.StdinPipe(); err != nil {
@@ -351,14 +352,15 @@ func (w *allOf) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// execSizes is how much is done in a round: chunks that go in or out, and whole
-// execs.
-type execSizes struct{ chunks, whole int }
+// What is done in a round: chunks that go in or out, a gibibyte of them, and
+// whole execs.
+const (
+	execChunks = 1 << 30 / execChunk
+	execWhole  = 300
+)
 
-var defaultExecSizes = execSizes{chunks: 1 << 15, whole: 300} // 1 GiB
-
-// measureExec measures exec, and prints tables of it.
-func measureExec(ctx context.Context, out io.Writer, rounds int, size execSizes, profiles string) error {
+// measureExec measures exec beside cri-streaming.
+func measureExec(ctx context.Context, o options, _ string, out io.Writer) error {
 	servers := map[string]*execServer{}
 	names := []string{execPeer, execOurs}
 	for _, name := range names {
@@ -389,7 +391,7 @@ func measureExec(ctx context.Context, out io.Writer, rounds int, size execSizes,
 				}
 				if whole {
 					add("a whole exec", func(ctx context.Context, s *execServer) error {
-						for range size.whole {
+						for range execWhole {
 							if err := c.run(ctx, s, secure, "/one", 0); err != nil {
 								return err
 							}
@@ -400,13 +402,13 @@ func measureExec(ctx context.Context, out io.Writer, rounds int, size execSizes,
 				}
 				for _, direction := range []string{"output", "input"} {
 					add(direction, func(ctx context.Context, s *execServer) error {
-						return c.run(ctx, s, secure, fmt.Sprintf("/%s/%d", direction, size.chunks), size.chunks)
+						return c.run(ctx, s, secure, fmt.Sprintf("/%s/%d", direction, execChunks), execChunks)
 					})
 				}
 			}
 		}
 	}
-	for round := range rounds {
+	for round := range o.rounds {
 		for _, r := range rows {
 			order := slices.Clone(names)
 			if round%2 == 1 { // no one is always the first
@@ -432,7 +434,7 @@ func measureExec(ctx context.Context, out io.Writer, rounds int, size execSizes,
 		}
 	}
 
-	gib := float64(size.chunks) * execChunk / (1 << 30)
+	gib := float64(execChunks) * execChunk / (1 << 30)
 	moved := [][]string{{"exec", "MiB/s, " + execPeer, "MiB/s, ours", "ratio", "CPU s/GiB, " + execPeer, "CPU s/GiB, ours", "ratio"}}
 	short := [][]string{{"exec", "ms, " + execPeer, "ms, ours", "ratio", "CPU ms, " + execPeer, "CPU ms, ours", "ratio"}}
 	for _, r := range rows {
@@ -440,8 +442,8 @@ func measureExec(ctx context.Context, out io.Writer, rounds int, size execSizes,
 		cpu := func(s sample) float64 { return s.cpu / gib }
 		to := &moved
 		if r.whole {
-			wall = func(s sample) float64 { return s.wall * 1e3 / float64(size.whole) }
-			cpu = func(s sample) float64 { return s.cpu * 1e3 / float64(size.whole) }
+			wall = func(s sample) float64 { return s.wall * 1e3 / execWhole }
+			cpu = func(s sample) float64 { return s.cpu * 1e3 / execWhole }
 			to = &short
 		}
 		cells := []string{r.title}
@@ -451,12 +453,11 @@ func measureExec(ctx context.Context, out io.Writer, rounds int, size execSizes,
 		}
 		*to = append(*to, cells)
 	}
-	b := &bench{out: out}
-	fmt.Fprintf(out, "Exec beside k8s.io/cri-streaming, each server a process of its own, on loopback, in chunks of %d KiB. Medians of %d rounds; processor time is the server's alone. More MiB/s and less processor time are better.\n\n", execChunk>>10, rounds)
-	b.table(moved)
+	fmt.Fprintf(out, "Exec beside k8s.io/cri-streaming, each server a process of its own, on loopback, in chunks of %d KiB. Medians of %d rounds; processor time is the server's alone. More MiB/s and less processor time are better.\n\n", execChunk>>10, o.rounds)
+	table(out, moved)
 	fmt.Fprint(out, "A whole exec, from the connection to its end, of a command that writes one byte:\n\n")
-	b.table(short)
-	if profiles == "" {
+	table(out, short)
+	if o.profiles == "" {
 		return nil
 	}
 	for _, r := range rows {
@@ -478,7 +479,7 @@ func measureExec(ctx context.Context, out io.Writer, rounds int, size execSizes,
 			return err
 		}
 		name := strings.NewReplacer(", ", "-", " ", "-").Replace("exec " + r.title)
-		if err := os.WriteFile(filepath.Join(profiles, name+".pb.gz"), profile, 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(o.profiles, name+".pb.gz"), profile, 0o644); err != nil {
 			return err
 		}
 	}

@@ -44,22 +44,23 @@ type idleKind struct {
 	open     func(conn net.Conn, host, path string) error
 }
 
-// idleSizes is how many sessions are opened: execs are fewer, as each has a
-// process of its own, and that process a shim.
-type idleSizes struct{ attach, exec int }
+// How many sessions are opened: execs are fewer, as each has a process of its
+// own, and that process a shim.
+const (
+	idleAttaches = 5000
+	idleExecs    = 300
+)
 
-var defaultIdleSizes = idleSizes{attach: 5000, exec: 300}
-
-func idleKinds(size idleSizes) []idleKind {
+func idleKinds() []idleKind {
 	const (
 		attach = "/attach?stdin=true&stdout=true&stderr=true"
 		exec   = "/exec?stdin=true&stdout=true&stderr=true&command=sleep&command=100000"
 	)
 	return []idleKind{
-		{"attach, WebSocket v5, TLS", attach, size.attach, idleWebSocket},
-		{"attach, SPDY v4, TLS", attach, size.attach, idleSPDY},
-		{"exec, WebSocket v5, TLS", exec, size.exec, idleWebSocket},
-		{"exec, SPDY v4, TLS", exec, size.exec, idleSPDY},
+		{"attach, WebSocket v5, TLS", attach, idleAttaches, idleWebSocket},
+		{"attach, SPDY v4, TLS", attach, idleAttaches, idleSPDY},
+		{"exec, WebSocket v5, TLS", exec, idleExecs, idleWebSocket},
+		{"exec, SPDY v4, TLS", exec, idleExecs, idleSPDY},
 	}
 }
 
@@ -179,7 +180,7 @@ func startStandalone(ctx context.Context, program, dir string, args ...string) (
 		return nil, err
 	}
 	return s, s.wait(ctx, func(ctx context.Context) error {
-		text, err := s.request(ctx, http.MethodGet, targetPath, "")
+		text, err := s.request(ctx, http.MethodGet, idlePath, "")
 		if err == nil && !bytes.Contains(text, []byte(`"readyReplicas":1`)) {
 			err = errors.New("the target isn't ready")
 		}
@@ -187,7 +188,7 @@ func startStandalone(ctx context.Context, program, dir string, args ...string) (
 	})
 }
 
-const targetPath = "/apis/streaming.aaserver.io/v1/namespaces/default/targets/" + idleTarget
+const idlePath = "/apis/streaming.aaserver.io/v1/namespaces/default/targets/" + idleTarget
 
 func (s *standalone) request(ctx context.Context, method, path, body string) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, method, s.config.Host+path, strings.NewReader(body))
@@ -252,34 +253,28 @@ func (s *standalone) occupied(ctx context.Context) (o occupied, err error) {
 	return o, err
 }
 
-// measureIdle measures what a session costs in which nothing happens, and
-// prints a table of it. program is the server's.
-func measureIdle(ctx context.Context, out io.Writer, program string, size idleSizes, profiles string) (err error) {
-	dir, err := os.MkdirTemp("", "bench-idle-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+// measureIdle measures what a session costs in which nothing happens.
+func measureIdle(ctx context.Context, o options, dir string, out io.Writer) error {
 	rows := [][]string{{"idle sessions", "number", "heap, kB", "stacks, kB", "both, kB", "RSS, kB", "goroutines"}}
-	for _, kind := range idleKinds(size) {
-		row, err := kind.measure(ctx, program, filepath.Join(dir, strconv.Itoa(len(rows))), profiles)
+	for _, kind := range idleKinds() {
+		row, err := kind.measure(ctx, o, filepath.Join(dir, "idle-"+strconv.Itoa(len(rows))))
 		if err != nil {
 			return fmt.Errorf("%s: %w", kind.name, err)
 		}
 		rows = append(rows, row)
 	}
 	fmt.Fprint(out, "What an idle session occupies in a standalone server, in kB (1000 bytes) for each: the difference to the same server without them, each time after a garbage collection. RSS has what the collector leaves room for besides.\n\n")
-	(&bench{out: out}).table(rows)
+	table(out, rows)
 	return nil
 }
 
 // measure starts a server for each kind: what one leaves behind isn't the
 // next's.
-func (k idleKind) measure(ctx context.Context, program, dir, profiles string) (_ []string, err error) {
+func (k idleKind) measure(ctx context.Context, o options, dir string) ([]string, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
-	s, err := startStandalone(ctx, program, dir)
+	s, err := startStandalone(ctx, filepath.Join(o.bin, "aaserver"), dir)
 	if err != nil {
 		return nil, err
 	}
@@ -302,7 +297,7 @@ func (k idleKind) measure(ctx context.Context, program, dir, profiles string) (_
 			return err
 		}
 		conns[i] = conn
-		return k.open(conn, host, targetPath+k.path)
+		return k.open(conn, host, idlePath+k.path)
 	}
 	// What is made once, for the first of them, isn't a session's.
 	const first = 10
@@ -322,14 +317,14 @@ func (k idleKind) measure(ctx context.Context, program, dir, profiles string) (_
 	if err != nil {
 		return nil, err
 	}
-	if profiles != "" {
+	if o.profiles != "" {
 		for _, name := range []string{"heap", "goroutine"} {
 			profile, err := s.request(ctx, http.MethodGet, "/debug/pprof/"+name, "")
 			if err != nil {
 				return nil, err
 			}
 			file := strings.NewReplacer(", ", "-", " ", "-").Replace("idle " + k.name + " " + name)
-			if err := os.WriteFile(filepath.Join(profiles, file+".pb.gz"), profile, 0o644); err != nil {
+			if err := os.WriteFile(filepath.Join(o.profiles, file+".pb.gz"), profile, 0o644); err != nil {
 				return nil, err
 			}
 		}

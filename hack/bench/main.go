@@ -6,6 +6,8 @@
 //
 //	api      the API at scale, beside k8s.io/sample-apiserver
 //	forward  port-forwards, beside client-go's, bare TLS relays and ssh -L
+//	exec     exec, beside k8s.io/cri-streaming
+//	idle     what sessions occupy in which nothing happens
 //	latency  the first bytes of execs and port-forwards, beside a bare GET
 //	soak     every kind of session for ten minutes: what the server occupies
 //	         after that, beside before. Only if it is asked for
@@ -101,6 +103,8 @@ type part struct {
 var parts = []part{
 	{"api", measureAPI},
 	{"forward", measureForward},
+	{"exec", measureExec},
+	{"idle", measureIdle},
 	{"latency", measureLatency},
 	{soakPart, measureSoak},
 }

@@ -28,6 +28,7 @@ var roles = map[string]func(args []string) error{
 	"role-backend":   runBackend,
 	"role-relay":     runRelay,
 	"role-client-go": runClientGo,
+	"role-exec":      runExecServer,
 	"role-upstream":  runUpstream,
 }
 
