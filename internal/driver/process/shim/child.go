@@ -264,6 +264,9 @@ func (c *Child) send(data, rights []byte) error {
 	case sent != nil:
 		return os.NewSyscallError("sendmsg", sent)
 	}
+	if n == len(data) {
+		return nil // even to write nothing fails once a short command has ended
+	}
 	if _, err := c.control.Write(data[n:]); err != nil {
 		return os.NewSyscallError("shim", err)
 	}
