@@ -12,10 +12,10 @@ import (
 
 	"github.com/gorilla/websocket"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/util/httpstream"
-	"k8s.io/apimachinery/pkg/util/httpstream/spdy"
 	portforwardconstants "k8s.io/apimachinery/pkg/util/portforward"
 	"k8s.io/client-go/tools/portforward"
+	"k8s.io/streaming/pkg/httpstream"
+	"k8s.io/streaming/pkg/httpstream/spdy"
 )
 
 // upstreamGroup is the API group of the upstream server.
@@ -23,7 +23,7 @@ const upstreamGroup = "upstream.bench.aaserver.io"
 
 // runUpstream is the least server that forwards ports with what Kubernetes has
 // for it: client-go's tunnelling connection, the SPDY connection of
-// k8s.io/apimachinery, and a pair of io.Copy for each connection, as
+// k8s.io/streaming, and a pair of io.Copy for each connection, as
 // k8s.io/cri-streaming does. It checks nothing.
 func runUpstream(args []string) error {
 	flags := flag.NewFlagSet("upstream", flag.ExitOnError)
