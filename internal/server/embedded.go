@@ -41,18 +41,18 @@ const (
 // embeddedAgent is an agent in this server.
 type embeddedAgent struct {
 	name        string
-	logs        string
+	host        process.Options
 	stopTimeout time.Duration
 	agent       *agent.Agent
 	events      *recorder.Recorder
 
-	mu   sync.RWMutex
-	host *process.Driver // guarded by mu; nil while the agent doesn't run here
+	mu      sync.RWMutex
+	running *process.Driver // guarded by mu; nil while the agent doesn't run here
 }
 
 // newEmbeddedAgent returns an agent that keeps the logs of its targets in a
-// directory, and gives their processes stopTimeout at most when the server ends.
-func newEmbeddedAgent(name, logs string, stopTimeout time.Duration, config *genericapiserver.RecommendedConfig) (*embeddedAgent, error) {
+// directory.
+func newEmbeddedAgent(name, logs string, options StreamOptions, config *genericapiserver.RecommendedConfig) (*embeddedAgent, error) {
 	client, err := versioned.NewForConfig(config.LoopbackClientConfig)
 	if err != nil {
 		return nil, err
@@ -68,7 +68,13 @@ func newEmbeddedAgent(name, logs string, stopTimeout time.Duration, config *gene
 	if err := embedded.Register(legacyregistry.Register); err != nil {
 		return nil, err
 	}
-	return &embeddedAgent{name: name, logs: logs, stopTimeout: stopTimeout, agent: embedded, events: events}, nil
+	return &embeddedAgent{
+		name:        name,
+		host:        process.Options{Dir: logs, LogFileSize: options.LogFileSize.Value(), LogFiles: options.LogFiles},
+		stopTimeout: options.StopTimeout,
+		agent:       embedded,
+		events:      events,
+	}, nil
 }
 
 // newServerRecorder returns the recorder of what the server itself has to tell.
@@ -108,10 +114,10 @@ func (e *embeddedAgent) driver(target *v1.Target) (driver.Driver, error) {
 	}
 	e.mu.RLock()
 	defer e.mu.RUnlock()
-	if e.host == nil {
+	if e.running == nil {
 		return nil, driver.Errorf(driver.Unavailable, "agent %q doesn't run here at the moment: it starts, ends, or runs in another replica of this server", e.name)
 	}
-	return e.host, nil
+	return e.running, nil
 }
 
 // runOptions say what else an embedded agent goes by, beside its context.
@@ -138,7 +144,7 @@ func (e *embeddedAgent) run(ctx context.Context, opts runOptions) (err error) {
 	defer writing.Wait()
 	defer told()
 
-	host, err := process.New(process.Options{Dir: e.logs})
+	host, err := process.New(e.host)
 	if err != nil {
 		return err
 	}
@@ -170,7 +176,7 @@ func (e *embeddedAgent) run(ctx context.Context, opts runOptions) (err error) {
 func (e *embeddedAgent) set(host *process.Driver) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.host = host
+	e.running = host
 }
 
 // runLeased runs the agent whenever this server holds the agent's Lease, so that

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	genericoptions "k8s.io/apiserver/pkg/server/options"
@@ -16,6 +17,7 @@ import (
 	"k8s.io/apiserver/pkg/storage/storagebackend"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/internal/driver/process"
 	"aaserver.io/aaserver/internal/policy"
 	"aaserver.io/aaserver/internal/session"
 	"aaserver.io/aaserver/internal/storage"
@@ -105,12 +107,19 @@ type StreamOptions struct {
 	// PingInterval is how often the clients of upgraded connections are pinged,
 	// PeerTimeout within which time one that doesn't answer is given up.
 	PingInterval, PeerTimeout time.Duration
+	// LogFileSize is the size at which a file of an instance's log is full, and
+	// LogFiles how many are kept of each instance.
+	LogFileSize resource.QuantityValue
+	LogFiles    int
 }
 
 // maxPingInterval is the longest time between two pings, by which client-go
 // also learns that a session lives whose command doesn't read its stdin: it
 // gives up 61 s after the last one, which may have been late.
 const maxPingInterval = 30 * time.Second
+
+// minLogFileSize keeps a log from being more files than lines.
+const minLogFileSize = 64 << 10
 
 func newStreamOptions() StreamOptions {
 	return StreamOptions{
@@ -119,6 +128,8 @@ func newStreamOptions() StreamOptions {
 		StopTimeout:  30 * time.Second,
 		PingInterval: streaming.DefaultPingInterval,
 		PeerTimeout:  streaming.DefaultPeerTimeout,
+		LogFileSize:  resource.QuantityValue{Quantity: *resource.NewQuantity(process.DefaultLogFileSize, resource.BinarySI)},
+		LogFiles:     process.DefaultLogFiles,
 	}
 }
 
@@ -132,6 +143,8 @@ func (o *StreamOptions) addFlags(flags *pflag.FlagSet) {
 	flags.DurationVar(&o.StopTimeout, "stop-timeout", o.StopTimeout, "How long processes may take to end when the server shuts down, where the grace periods of their targets are longer.")
 	flags.DurationVar(&o.PingInterval, "stream-ping-interval", o.PingInterval, "How often the client of an open exec, attach, port-forward or WebSocket log is pinged, at most 30s. That also keeps proxies from taking a quiet connection for idle.")
 	flags.DurationVar(&o.PeerTimeout, "stream-peer-timeout", o.PeerTimeout, "Within which time a client that no longer answers is found, and its session ended. Pings are sent at least four times as often.")
+	flags.Var(&o.LogFileSize, "log-file-size", "The size at which a file of an instance's log is full, in bytes or as a quantity: 10Mi.")
+	flags.IntVar(&o.LogFiles, "log-files", o.LogFiles, "How many files are kept of each instance's log; the oldest goes when a new one is begun.")
 }
 
 func (o *StreamOptions) validate() []error {
@@ -153,6 +166,12 @@ func (o *StreamOptions) validate() []error {
 	}
 	if o.DrainTimeout < 0 {
 		errs = append(errs, fmt.Errorf("--drain-timeout %s must not be negative", o.DrainTimeout))
+	}
+	if o.LogFileSize.Value() < minLogFileSize {
+		errs = append(errs, fmt.Errorf("--log-file-size %s must be at least 64Ki", o.LogFileSize.String()))
+	}
+	if o.LogFiles < 2 {
+		errs = append(errs, fmt.Errorf("--log-files %d must be at least 2: one is being written to", o.LogFiles))
 	}
 	if o.StopTimeout < 0 {
 		errs = append(errs, fmt.Errorf("--stop-timeout %s must not be negative", o.StopTimeout))

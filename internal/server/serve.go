@@ -221,7 +221,7 @@ func (o *ServeOptions) Run(ctx context.Context) (err error) {
 	}
 	var embedded *embeddedAgent
 	if o.EmbeddedAgent != "" {
-		if embedded, err = newEmbeddedAgent(o.EmbeddedAgent, filepath.Join(o.DataDir, "logs"), o.StopTimeout, config.Generic); err != nil {
+		if embedded, err = newEmbeddedAgent(o.EmbeddedAgent, filepath.Join(o.DataDir, "logs"), o.StreamOptions, config.Generic); err != nil {
 			return err
 		}
 		config.Extra.Target.Drivers = embedded.driver

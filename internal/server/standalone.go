@@ -190,7 +190,7 @@ func (o *StandaloneOptions) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	local, err := newEmbeddedAgent(LocalAgent, filepath.Join(dir, "logs"), o.StopTimeout, config.Generic)
+	local, err := newEmbeddedAgent(LocalAgent, filepath.Join(dir, "logs"), o.StreamOptions, config.Generic)
 	if err != nil {
 		return err
 	}

@@ -44,9 +44,10 @@ type Options struct {
 	createLogFile func(name string) (logFile, error)
 }
 
+// The defaults of Options.
 const (
-	defaultLogFileSize = 10 << 20
-	defaultLogFiles    = 5
+	DefaultLogFileSize = 10 << 20
+	DefaultLogFiles    = 5
 )
 
 // Driver implements driver.Host.
@@ -76,10 +77,10 @@ type openedLog struct {
 // New makes a driver. Close it to end what it runs.
 func New(opts Options) (*Driver, error) {
 	if opts.LogFileSize == 0 {
-		opts.LogFileSize = defaultLogFileSize
+		opts.LogFileSize = DefaultLogFileSize
 	}
 	if opts.LogFiles == 0 {
-		opts.LogFiles = defaultLogFiles
+		opts.LogFiles = DefaultLogFiles
 	}
 	if opts.Clock == nil {
 		opts.Clock = clock.RealClock{}
