@@ -63,6 +63,15 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	// Who signals again doesn't want to wait: the kernel ends what is left.
 	context.AfterFunc(ctx, stop)
+	if len(os.Args) > 1 {
+		if run := programs[os.Args[1]]; run != nil {
+			if err := run(ctx, os.Args[2:]); err != nil {
+				fmt.Fprintln(os.Stderr, "bench:", err)
+				os.Exit(1)
+			}
+			return
+		}
+	}
 	var o options
 	flag.StringVar(&o.bin, "bin-dir", "bin", "where the programs are: aaserver, bench-sample-apiserver and controlplane/")
 	flag.IntVar(&o.rounds, "rounds", 5, "how many rounds are measured")
@@ -80,6 +89,14 @@ func main() {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+}
+
+// programs are what this one is when its first argument says so: what is run in
+// a target, beside a server, or measured alone.
+var programs = map[string]func(ctx context.Context, args []string) error{
+	produceCommand:    func(_ context.Context, args []string) error { return produceLines(args) },
+	serveFilesCommand: func(_ context.Context, args []string) error { return serveFiles(args) },
+	logsCommand:       func(ctx context.Context, args []string) error { return logsMain(ctx, args) },
 }
 
 type options struct {
