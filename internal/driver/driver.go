@@ -9,7 +9,9 @@ package driver
 import (
 	"context"
 	"io"
+	"iter"
 	"net"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -149,6 +151,88 @@ type LogReader interface {
 	// after the last one. The line's Data is valid until the next call.
 	Next(ctx context.Context) (LogLine, error)
 	Close() error
+}
+
+// LogBatcher is a LogReader that returns many lines at once. The registry reads
+// by batches where it can.
+type LogBatcher interface {
+	LogReader
+	// NextBatch is Next for all lines that there are by now, up to a bound of
+	// the driver's. It is never empty.
+	NextBatch(ctx context.Context) (LogBatch, error)
+}
+
+// LogCursor is a LogReader that knows where it began.
+type LogCursor interface {
+	LogReader
+	// Before returns a time that is earlier than that of each line which the
+	// reader returns, and not earlier than that of any other: with it as
+	// LogOptions.After, a reader of the same instance returns all that this
+	// one does, and what came later. It is never the zero time.
+	Before() time.Time
+}
+
+// LogBatch is some lines of a log, in their order. It is valid until the next
+// call of its reader; a shared one for longer.
+type LogBatch struct {
+	// Lines yields the lines.
+	Lines iter.Seq[LogLine]
+	// Shared keeps what is made of the batch for the other readers that get
+	// the same one. nil if there are none.
+	Shared *LogShare
+}
+
+// LogShare keeps what several readers have made of the same lines, such as
+// their text, so that only one of them has to.
+type LogShare struct {
+	mu   sync.Mutex // protects made
+	made map[any]any
+}
+
+// maxShared is how many different things are kept: readers who want their lines
+// in some other way than most make that themselves.
+const maxShared = 4
+
+// Do returns what make has made for a key, which it calls once for most.
+func (s *LogShare) Do(key any, make func() any) any {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if value, ok := s.made[key]; ok {
+		return value
+	}
+	value := make()
+	if len(s.made) < maxShared {
+		if s.made == nil {
+			s.made = map[any]any{}
+		}
+		s.made[key] = value
+	}
+	return value
+}
+
+// LogTime is the format of a line's time: RFC 3339 with nine decimals, so that
+// times line up, and compare as text.
+const LogTime = "2006-01-02T15:04:05.000000000Z"
+
+// LogStamp formats times as LogTime says. It is quick where one falls into the
+// same second as the last. The zero value is ready.
+type LogStamp struct {
+	second int64
+	text   []byte
+}
+
+// Append appends a time.
+func (s *LogStamp) Append(b []byte, t time.Time) []byte {
+	if second := t.Unix(); second != s.second || s.text == nil {
+		s.second = second
+		s.text = time.Unix(second, 0).UTC().AppendFormat(s.text[:0], LogTime)
+	}
+	b = append(b, s.text...)
+	// Digits go where the format has put zeros, before the "Z".
+	for i, n := len(b)-2, t.Nanosecond(); n > 0; i, n = i-1, n/10 {
+		b[i] = byte('0' + n%10)
+	}
+	return b
 }
 
 // MaxLogLine bounds LogLine.Data, in bytes. A longer line is split.

@@ -50,7 +50,7 @@ func bigLog(b *testing.B, size int64) *instanceLog {
 	dir := b.TempDir()
 	const files = 8
 	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC).UnixNano()
-	var s stamp
+	var s driver.LogStamp
 	for part := range files {
 		f, err := os.Create(filepath.Join(dir, segmentName(1, part)))
 		if err != nil {
@@ -61,7 +61,7 @@ func bigLog(b *testing.B, size int64) *instanceLog {
 			block = block[:0]
 			for len(block) < 1<<20 {
 				at += 1000
-				block = s.append(block, at)
+				block = s.Append(block, time.Unix(0, at))
 				block = append(block, " stdout F "...)
 				block = append(block, benchLine...)
 			}

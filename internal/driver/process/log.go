@@ -29,7 +29,7 @@ import (
 // next record of its stream, or if it is the last of its run and didn't end
 // with a newline, else F.
 const (
-	recordTime   = "2006-01-02T15:04:05.000000000Z"
+	recordTime   = driver.LogTime
 	recordHeader = len(recordTime) + len(" stdout F ")
 	maxRecord    = recordHeader + driver.MaxLogLine + 1
 )
@@ -46,6 +46,14 @@ const (
 
 	// flushSize is how much is written at once, about.
 	flushSize = 256 << 10
+
+	// A line wakes all followers at once if the log was quiet. Lines that
+	// follow each other closely wake them less often the more there are, so
+	// that what one costs stays small beside what the lines cost: each has
+	// wakePause, and no line is late by more than wakeMost. One follower
+	// notices nothing of that.
+	wakePause = 50 * time.Microsecond
+	wakeMost  = 250 * time.Millisecond
 )
 
 // logFile is what a log needs of a file. Tests put in ones that fail.
@@ -90,22 +98,40 @@ type instanceLog struct {
 	current *segment // the one to write to, held; nil before the first
 	size    int64    // current's, with what readers don't see yet
 	out     []byte   // records not yet written
-	whole   []int    // where in out each record ends
+	whole   []mark   // the records in out
 	last    int64    // time of the last record in nanoseconds
-	stamp   stamp
+	stamp   driver.LogStamp
+
+	// reading is held by the follower that reads a block for others too. It is
+	// taken before mu.
+	reading sync.Mutex
 
 	mu       sync.Mutex // protects what follows, and all segments
 	run      int        // the present or last run's number, 0 if there was none
 	segments []*segment // those on disk
 	tail     *segment   // the newest, or the list's empty beginning
+	newest   int64      // time of the last record that readers see, 0 if there is none
 	readers  map[*logReader]struct{}
-	more     chan struct{} // closed at the next change, nil if nobody waits
-	final    bool          // no more will come, as far as is known
-	removed  bool
-	closed   error         // why nothing can be read or written any more
-	stop     chan struct{} // closed with closed or removed set
-	problem  error         // why the log can't be written
-	changed  chan struct{} // closed and replaced when problem changes
+	// followers are those of the readers that follow, waiting those that have
+	// seen all there is. blocks are what they have read last, oldest first,
+	// while there are several followers and not all of them wait.
+	followers, waiting int
+	blocks             []*logBlock
+	more               chan struct{} // closed at the next change, nil if nobody waits
+	woken              time.Time     // when more was last closed
+	waker              *time.Timer   // closes more later, nil if it is to be closed at once
+	final              bool          // no more will come, as far as is known
+	removed            bool
+	closed             error         // why nothing can be read or written any more
+	stop               chan struct{} // closed with closed or removed set
+	problem            error         // why the log can't be written
+	changed            chan struct{} // closed and replaced when problem changes
+}
+
+// mark is where a record ends, and its time in nanoseconds.
+type mark struct {
+	end  int
+	time int64
 }
 
 // segment is a file of a log.
@@ -161,6 +187,7 @@ func openLog(settings *logSettings, dir string, onProblem func()) (*instanceLog,
 			return nil, err
 		}
 		l.last = max(l.last, last)
+		l.newest = l.last
 		l.segments = append(l.segments, s)
 		l.push(s)
 	}
@@ -310,10 +337,36 @@ func (l *instanceLog) end(final bool) {
 
 // wake tells the waiting readers to look again. mu is held.
 func (l *instanceLog) wake() {
+	if l.waker != nil {
+		l.waker.Stop()
+		l.waker = nil
+	}
 	if l.more != nil {
 		close(l.more)
 		l.more = nil
+		l.woken = time.Now()
 	}
+}
+
+// wakeSoon does so now, or a little later if it was done just now. mu is held.
+func (l *instanceLog) wakeSoon() {
+	if l.more == nil || l.waker != nil {
+		return
+	}
+	pause := min(time.Duration(l.followers)*wakePause, wakeMost) - time.Since(l.woken)
+	if pause <= 0 {
+		l.wake()
+		return
+	}
+	var waker *time.Timer
+	waker = time.AfterFunc(pause, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.waker == waker {
+			l.wake()
+		}
+	})
+	l.waker = waker
 }
 
 var errLogClosed = errors.New("the log was closed")
@@ -378,7 +431,7 @@ func (l *instanceLog) add(run int, stream v1.LogStream, line []byte, partial boo
 			return err
 		}
 	}
-	l.out = l.stamp.append(l.out, l.last)
+	l.out = l.stamp.Append(l.out, time.Unix(0, l.last))
 	if stream == v1.LogStreamStderr {
 		l.out = append(l.out, " stderr "...)
 	} else {
@@ -391,7 +444,7 @@ func (l *instanceLog) add(run int, stream v1.LogStream, line []byte, partial boo
 	}
 	l.out = append(l.out, line...)
 	l.out = append(l.out, '\n')
-	l.whole = append(l.whole, len(l.out))
+	l.whole = append(l.whole, mark{len(l.out), l.last})
 	return nil
 }
 
@@ -424,20 +477,20 @@ func (l *instanceLog) flush() error {
 // out; seen is where the last one ended that they have seen.
 func (l *instanceLog) publish(written int, seen *int) {
 	n := 0
-	for n < len(l.whole) && l.whole[n] <= written {
+	for n < len(l.whole) && l.whole[n].end <= written {
 		n++
 	}
 	if n == 0 {
 		return
 	}
-	end := l.whole[n-1]
+	end := l.whole[n-1].end
 	l.mu.Lock()
 	if l.current.first == 0 {
-		h, _ := parseHeader(l.out)
-		l.current.first = h.time
+		l.current.first = l.whole[0].time
 	}
 	l.current.size += int64(end - *seen)
-	l.wake()
+	l.newest = l.whole[n-1].time
+	l.wakeSoon()
 	l.mu.Unlock()
 	*seen = end
 	l.whole = l.whole[:copy(l.whole, l.whole[n:])]

@@ -127,19 +127,29 @@ func TestLinesTellRunsApart(t *testing.T) {
 
 func TestTimesAreReadAsTheyAreWritten(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
-	var s stamp
+	var s driver.LogStamp
+	var p parser
+	at := time.Unix(0, 0)
 	for i := range 20000 {
-		at := time.Unix(random.Int64N(8e9), random.Int64N(1e9))
 		if i%2 == 0 {
-			at = time.Unix(s.second, random.Int64N(1e9))
+			at = time.Unix(at.Unix(), random.Int64N(1e9))
+		} else {
+			at = time.Unix(random.Int64N(8e9), random.Int64N(1e9))
 		}
-		text := s.append(nil, at.UnixNano())
+		text := s.Append(nil, at)
 		if want := at.UTC().Format(recordTime); string(text) != want {
 			t.Fatalf("written %s, want %s", text, want)
 		}
 		h, ok := parseHeader(append(text, " stdout F "...))
 		if !ok || h.time != at.UnixNano() {
 			t.Fatalf("%s is read as %v, %t", text, time.Unix(0, h.time).UTC(), ok)
+		}
+		for _, tail := range []string{" stdout F ", " stderr P ", " stdout X ", " stdxxx F ", " stdout F", "Z"} {
+			record := append(text[:len(text):len(text)], tail...)
+			want, wantOK := parseHeader(record)
+			if got, ok := p.header(record); ok != wantOK || ok && got != want {
+				t.Fatalf("%q is read as %+v, %t by who has read others before, want %+v, %t", record, got, ok, want, wantOK)
+			}
 		}
 	}
 }

@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"iter"
+	"math"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -55,27 +58,62 @@ func days(year, month, day int64) int64 {
 	return 365*year + year/4 - year/100 + year/400 + (153*(month-3)+2)/5 + day - 1 - 719468
 }
 
-// stamp formats times, which mostly fall into the same second as the last one.
-type stamp struct {
-	second int64
-	text   []byte
+// parser reads the headers of successive records, most of which have the same
+// second. The zero value is ready.
+type parser struct {
+	second [len("2006-01-02T15:04:05.")]byte
+	base   int64 // that second in nanoseconds since 1970
 }
 
-func (s *stamp) append(b []byte, nanoseconds int64) []byte {
-	if second := nanoseconds / 1e9; second != s.second || s.text == nil {
-		s.second = second
-		s.text = time.Unix(second, 0).UTC().AppendFormat(s.text[:0], recordTime)
+// header does what parseHeader does.
+func (p *parser) header(b []byte) (h header, ok bool) {
+	if len(b) < recordHeader || [len(p.second)]byte(b) != p.second {
+		h, ok = parseHeader(b)
+		if ok {
+			p.second, p.base = [len(p.second)]byte(b), h.time-h.time%1e9
+		}
+		return h, ok
 	}
-	b = append(b, s.text...)
-	// Digits go where the format has put zeros, before the "Z".
-	for i, n := len(b)-2, nanoseconds%1e9; n > 0; i, n = i-1, n/10 {
-		b[i] = byte('0' + n%10)
+	var n int64
+	for _, c := range b[20:29] {
+		c -= '0'
+		if c > 9 {
+			return h, false
+		}
+		n = 10*n + int64(c)
 	}
-	return b
+	h.time = p.base + n
+	switch string(b[29:38]) {
+	case "Z stdout ":
+	case "Z stderr ":
+		h.stderr = true
+	default:
+		return h, false
+	}
+	h.partial = b[38] == 'P'
+	return h, (h.partial || b[38] == 'F') && b[39] == ' '
 }
 
-// readSize is how much of a file is read at once.
-const readSize = 256 << 10
+const (
+	// readSize is how much of a file is read at once.
+	readSize = 128 << 10
+	// tailSize is how much the search for the last lines begins with: enough
+	// for the beginning of a record to be in it.
+	tailSize = 2 * maxRecord
+	// maxBlocks and maxBlocksSize bound what the followers of a log share.
+	maxBlocks     = 64
+	maxBlocksSize = 512 << 10
+)
+
+// logBlock is a part of a log that several followers are about to read, or have
+// read: whole records of one segment.
+type logBlock struct {
+	segment  *segment
+	from, to int64
+	data     []byte
+	first    int64 // time of the first record, 0 if there is none
+	share    driver.LogShare
+}
 
 // readBuffers are for those who have something to read: a follower that waits
 // has none.
@@ -91,10 +129,15 @@ type logReader struct {
 	// end and endSize are where a reader that doesn't follow stops.
 	end     *segment
 	endSize int64
+	newest  int64 // time of the last record when it was opened
+
+	// before is the time that Before returns, in nanoseconds.
+	before int64
 
 	buf    *[]byte
 	unread []byte // of buf
 	run    int    // that unread is of
+	parser parser
 
 	segment *segment // held, unless lost or closed
 	offset  int64    // of what follows unread in segment
@@ -107,12 +150,12 @@ func (l *instanceLog) read(opts driver.LogOptions) (*logReader, error) {
 	l.mu.Lock()
 	r := &logReader{log: l, stream: opts.Stream, follow: opts.Follow && !opts.Previous, end: l.tail, endSize: l.tail.size}
 	if !opts.Since.IsZero() {
-		r.notBefore = opts.Since.UnixNano()
+		r.notBefore = nanoseconds(opts.Since)
 	}
 	first, last := l.run, l.run
 	switch {
 	case !opts.After.IsZero():
-		r.notBefore = max(r.notBefore, opts.After.UnixNano()+1)
+		r.notBefore = max(r.notBefore, nanoseconds(opts.After)+1)
 		first = 0
 	case opts.Previous:
 		first, last = l.run-1, l.run-1
@@ -120,6 +163,8 @@ func (l *instanceLog) read(opts driver.LogOptions) (*logReader, error) {
 	// Without anything of these runs, it is what comes after the rest.
 	start := l.tail
 	found := false
+	r.newest = l.newest
+	r.before = l.newest
 	for _, s := range l.segments {
 		if s.run < first || s.run > last {
 			continue
@@ -127,8 +172,12 @@ func (l *instanceLog) read(opts driver.LogOptions) (*logReader, error) {
 		if !found {
 			start, found = s, true
 		}
+		if s.first != 0 && r.before == l.newest {
+			r.before = s.first - 1
+		}
 		r.end, r.endSize = s, s.size
 	}
+	r.before = max(r.before, r.notBefore-1)
 	if opts.Previous && !found {
 		l.mu.Unlock()
 		return nil, errNoPrevious
@@ -142,6 +191,9 @@ func (l *instanceLog) read(opts driver.LogOptions) (*logReader, error) {
 	}
 	r.segment, r.run = start, start.run
 	l.readers[r] = struct{}{}
+	if r.follow {
+		l.followers++
+	}
 	// Segments in between don't change any more.
 	var span []*segment
 	if found {
@@ -204,6 +256,20 @@ func (r *logReader) seek(span []*segment, tail *int64) error {
 	return nil
 }
 
+// Before implements driver.LogCursor.
+func (r *logReader) Before() time.Time { return time.Unix(0, r.before) }
+
+// nanoseconds returns a time that can be compared with those of records.
+func nanoseconds(t time.Time) int64 {
+	switch {
+	case t.Before(time.Unix(0, 0)):
+		return 0
+	case t.After(time.Unix(0, math.MaxInt64-1)):
+		return math.MaxInt64 - 1
+	}
+	return t.UnixNano()
+}
+
 func (r *logReader) firstTime(s *segment) int64 {
 	r.log.mu.Lock()
 	defer r.log.mu.Unlock()
@@ -217,7 +283,8 @@ func (r *logReader) open(s *segment) (io.ReaderAt, int64, error) {
 	if r.lost {
 		return nil, 0, errLost
 	}
-	if s == r.end && !r.follow {
+	if s == r.end {
+		// What comes later isn't searched, also if it will be followed.
 		return s.file, r.endSize, nil
 	}
 	return s.file, s.size, nil
@@ -237,9 +304,14 @@ func (l *instanceLog) move(r *logReader, to *segment) {
 
 // drop takes away the reader's hold. mu is held.
 func (l *instanceLog) drop(r *logReader) {
-	if _, ok := l.readers[r]; ok {
-		delete(l.readers, r)
-		l.release(r.segment)
+	if _, ok := l.readers[r]; !ok {
+		return
+	}
+	delete(l.readers, r)
+	l.release(r.segment)
+	if r.follow {
+		l.followers--
+		l.forget()
 	}
 }
 
@@ -289,6 +361,9 @@ func (r *logReader) back(span []*segment, start place, lines int64) (place, erro
 	defer readBuffers.Put(buffer)
 	var seen int64
 	// at is the earliest record so far that is wanted.
+	step := int64(tailSize)
+	before := r.newest
+	defer func() { r.before = max(before, r.notBefore-1) }()
 	_, size, err := r.open(span[len(span)-1])
 	if err != nil {
 		return place{}, err
@@ -305,7 +380,8 @@ func (r *logReader) back(span []*segment, start place, lines int64) (place, erro
 			from = start.offset
 		}
 		for end > from {
-			begin := max(from, end-readSize)
+			begin := max(from, end-step)
+			step = readSize
 			block := (*buffer)[:end-begin]
 			n, err := file.ReadAt(block, begin)
 			if err != nil && (err != io.EOF || n < len(block)) {
@@ -334,6 +410,7 @@ func (r *logReader) back(span []*segment, start place, lines int64) (place, erro
 						seen++
 					}
 					at = place{s, begin + int64(record)}
+					before = h.time - 1
 				}
 				block = block[:record]
 			}
@@ -362,40 +439,98 @@ func (r *logReader) Next(ctx context.Context) (driver.LogLine, error) {
 	for {
 		i := bytes.IndexByte(r.unread, '\n')
 		if i < 0 {
-			if err := r.fill(ctx); err != nil {
+			if _, err := r.fill(ctx, false); err != nil {
 				return driver.LogLine{}, err
 			}
 			continue
 		}
 		record := r.unread[:i]
 		r.unread = r.unread[i+1:]
-		h, ok := parseHeader(record)
-		if !ok || !r.wants(h) {
-			continue
+		if h, ok := r.parser.header(record); ok && r.wants(h) {
+			return lineOf(h, record, r.run), nil
 		}
-		line := driver.LogLine{Time: time.Unix(0, h.time), Stream: v1.LogStreamStdout, Data: record[recordHeader:], Partial: h.partial, Run: r.run}
-		if h.stderr {
-			line.Stream = v1.LogStreamStderr
-		}
-		return line, nil
 	}
 }
 
-// fill reads on, after waiting for more if need be.
-func (r *logReader) fill(ctx context.Context) error {
+func lineOf(h header, record []byte, run int) driver.LogLine {
+	line := driver.LogLine{Time: time.Unix(0, h.time), Stream: v1.LogStreamStdout, Data: record[recordHeader:], Partial: h.partial, Run: run}
+	if h.stderr {
+		line.Stream = v1.LogStreamStderr
+	}
+	return line
+}
+
+// NextBatch implements driver.LogBatcher.
+func (r *logReader) NextBatch(ctx context.Context) (driver.LogBatch, error) {
+	for {
+		end := bytes.LastIndexByte(r.unread, '\n') + 1
+		if end == 0 {
+			block, err := r.fill(ctx, len(r.unread) == 0)
+			if err != nil {
+				return driver.LogBatch{}, err
+			}
+			if block == nil {
+				continue
+			}
+			if block.first != 0 && block.first >= r.notBefore {
+				if lines := r.lines(block.data); some(lines) {
+					return driver.LogBatch{Lines: lines, Shared: &block.share}, nil
+				}
+			} else if lines := r.lines(block.data); some(lines) {
+				return driver.LogBatch{Lines: lines}, nil
+			}
+			continue
+		}
+		lines := r.lines(r.unread[:end])
+		r.unread = r.unread[end:]
+		if some(lines) {
+			return driver.LogBatch{Lines: lines}, nil
+		}
+	}
+}
+
+func some(lines iter.Seq[driver.LogLine]) bool {
+	for range lines {
+		return true
+	}
+	return false
+}
+
+// lines yields those lines of whole records that the reader wants.
+func (r *logReader) lines(records []byte) iter.Seq[driver.LogLine] {
+	run := r.run
+	return func(yield func(driver.LogLine) bool) {
+		for rest := records; ; {
+			i := bytes.IndexByte(rest, '\n')
+			if i < 0 {
+				return
+			}
+			record := rest[:i]
+			rest = rest[i+1:]
+			if h, ok := r.parser.header(record); ok && r.wants(h) && !yield(lineOf(h, record, run)) {
+				return
+			}
+		}
+	}
+}
+
+// fill reads on, after waiting for more if need be. If the reader may share, it
+// may get a block that others get too, instead of its own in unread.
+func (r *logReader) fill(ctx context.Context, share bool) (*logBlock, error) {
 	l := r.log
+	share = share && r.follow
 	for {
 		if ctx.Err() != nil {
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 		l.mu.Lock()
 		if r.lost {
 			l.mu.Unlock()
-			return errLost
+			return nil, errLost
 		}
 		if r.closed {
 			l.mu.Unlock()
-			return os.ErrClosed
+			return nil, os.ErrClosed
 		}
 		s, size := r.segment, r.segment.size
 		if !r.follow && s == r.end {
@@ -403,8 +538,23 @@ func (r *logReader) fill(ctx context.Context) error {
 		}
 		if r.offset < size {
 			file := s.file
+			if !share || l.followers < 2 {
+				l.mu.Unlock()
+				return nil, r.load(file, size)
+			}
+			block, until := l.shared(s, r.offset)
 			l.mu.Unlock()
-			return r.load(file, size)
+			if block == nil && until == 0 {
+				var err error
+				if block, until, err = l.readShared(s, r.offset); err != nil {
+					return nil, r.readError(err)
+				}
+			}
+			if block == nil {
+				return nil, r.load(file, min(size, until))
+			}
+			r.offset = block.to
+			return block, nil
 		}
 		atEnd := s == r.end && !r.follow
 		if s.next != nil && !atEnd {
@@ -418,18 +568,20 @@ func (r *logReader) fill(ctx context.Context) error {
 		switch {
 		case atEnd || l.removed:
 			l.mu.Unlock()
-			return io.EOF
+			return nil, io.EOF
 		case l.closed != nil:
 			defer l.mu.Unlock()
-			return l.closed
+			return nil, l.closed
 		case l.final && l.problem == nil:
 			l.mu.Unlock()
-			return io.EOF
+			return nil, io.EOF
 		}
 		if l.more == nil {
 			l.more = make(chan struct{})
 		}
 		more := l.more
+		l.waiting++
+		l.forget()
 		l.mu.Unlock()
 		if r.buf != nil && len(r.unread) == 0 {
 			readBuffers.Put(r.buf)
@@ -439,11 +591,89 @@ func (r *logReader) fill(ctx context.Context) error {
 		case <-more:
 		case <-ctx.Done():
 		}
+		l.mu.Lock()
+		l.waiting--
+		l.mu.Unlock()
 	}
 }
 
-// load reads the next block of the segment.
-func (r *logReader) load(file io.ReaderAt, size int64) error {
+// forget lets go of the blocks that nobody will read any more. mu is held.
+func (l *instanceLog) forget() {
+	if l.followers < 2 || l.waiting >= l.followers {
+		l.blocks = nil
+	}
+}
+
+// shared returns the block that begins at an offset. If there is none, until is
+// where to read to for getting to a block's beginning or end, or 0 behind all
+// blocks. mu is held.
+func (l *instanceLog) shared(s *segment, offset int64) (block *logBlock, until int64) {
+	for _, b := range slices.Backward(l.blocks) {
+		switch {
+		case b.segment.index > s.index:
+			until = s.size // the reader is behind
+		case b.segment.index < s.index || b.to <= offset:
+			return nil, until
+		case b.from == offset:
+			return b, 0
+		case b.from < offset:
+			return nil, b.to
+		default:
+			until = b.from
+		}
+	}
+	return nil, until
+}
+
+// readShared reads a block at the end of all others, unless somebody else just
+// has.
+func (l *instanceLog) readShared(s *segment, offset int64) (*logBlock, int64, error) {
+	l.reading.Lock()
+	defer l.reading.Unlock()
+	l.mu.Lock()
+	block, until := l.shared(s, offset)
+	file, size := s.file, s.size
+	l.mu.Unlock()
+	switch {
+	case file == nil: // the reader was too slow meanwhile
+		return nil, 0, os.ErrClosed
+	case block != nil || until != 0:
+		return block, until, nil
+	}
+	data := make([]byte, min(size-offset, readSize))
+	n, err := file.ReadAt(data, offset)
+	if n == 0 && err != nil {
+		return nil, 0, err
+	}
+	end := bytes.LastIndexByte(data[:n], '\n') + 1
+	if end == 0 {
+		return nil, size, nil // not a line of ours: it is passed over
+	}
+	block = &logBlock{segment: s, from: offset, to: offset + int64(end), data: data[:end]}
+	for record := range bytes.Lines(block.data) {
+		if h, ok := parseHeader(record); ok {
+			block.first = h.time
+			break
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.followers < 2 {
+		return block, 0, nil
+	}
+	l.blocks = append(l.blocks, block)
+	kept := 0
+	for i, b := range slices.Backward(l.blocks) {
+		if kept += len(b.data); kept > maxBlocksSize || len(l.blocks)-i > maxBlocks {
+			l.blocks = slices.Delete(l.blocks, 0, i+1)
+			break
+		}
+	}
+	return block, 0, nil
+}
+
+// load reads the next part of the segment, up to limit at most.
+func (r *logReader) load(file io.ReaderAt, limit int64) error {
 	if r.buf == nil {
 		r.buf = readBuffers.Get().(*[]byte)
 	}
@@ -452,7 +682,7 @@ func (r *logReader) load(file io.ReaderAt, size int64) error {
 	if kept > maxRecord {
 		kept = 0 // a line that isn't ours
 	}
-	want := min(int64(len(buf)-kept), size-r.offset)
+	want := min(int64(len(buf)-kept), limit-r.offset)
 	n, err := file.ReadAt(buf[kept:kept+int(want)], r.offset)
 	if n == 0 && err != nil {
 		return r.readError(err)
