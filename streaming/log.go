@@ -3,13 +3,26 @@ package streaming
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"time"
+	"unicode"
 )
 
 // The subprotocols of a log over WebSocket. Without one it is binary.
 var logSubprotocols = []string{"binary.k8s.io", "base64.binary.k8s.io", ""}
+
+// HeaderLogEnd, in a request that isn't a WebSocket, says that the client knows
+// the trailer of that name: the response then ends in order even if the log
+// doesn't, and the trailer says how. Its value is a status code, 200 for the
+// log's end, a space, and a text of at most 512 bytes. A response without it was
+// cut off. A client that doesn't know it could take a log that isn't whole for
+// one that is: HTTP has no trailers of a response that is cut off.
+const HeaderLogEnd = "X-Log-End"
+
+const maxLogEnd = 512
 
 // ServeLog answers the request with what write writes: chunked, as plain text,
 // or in the messages of a WebSocket. follow flushes after each Write, so write
@@ -25,12 +38,18 @@ var logSubprotocols = []string{"binary.k8s.io", "base64.binary.k8s.io", ""}
 // ends. Over plain HTTP, where there are no pings, a client that takes a Write
 // or a Flush for longer than Options.StallTimeout has gone, with
 // ErrPeerTimeout: a pager may keep it waiting for that long.
+//
+// Headers in w whose names begin with X-Log- are sent on a WebSocket, too. A
+// client that sends [HeaderLogEnd] over plain HTTP is told why its log ends.
 func ServeLog(w http.ResponseWriter, r *http.Request, follow bool, opts Options, write func(ctx context.Context, out io.Writer) error) error {
 	opts = opts.withDefaults()
 	if isWebSocket(r) {
 		return serveLogWebSocket(w, r, opts, write)
 	}
-	out := &httpLog{w: w, control: http.NewResponseController(w), follow: follow, stall: opts.StallTimeout}
+	out := &httpLog{
+		w: w, control: http.NewResponseController(w), follow: follow, stall: opts.StallTimeout,
+		trailer: r.Header.Get(HeaderLogEnd) != "" && r.ProtoAtLeast(1, 1),
+	}
 	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), protocolKey{}, "http"))
 	defer cancel(nil)
 	written, ended := make(chan struct{}), make(chan struct{})
@@ -55,16 +74,18 @@ func ServeLog(w http.ResponseWriter, r *http.Request, follow bool, opts Options,
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
+	told := err == nil || out.trailer && !errors.Is(err, ErrPeerTimeout)
 	switch {
-	case err == nil:
+	case err != nil && !out.begun:
+		return refuse(w, err)
+	case told:
 		out.begin()
+		out.end(err)
 		last := opts.StallTimeout
 		if ctx.Err() != nil {
 			last = opts.closeGrace
 		}
 		out.control.SetWriteDeadline(time.Now().Add(last))
-	case !out.begun:
-		return refuse(w, err)
 	default:
 		// The end of the response can't be written: the client reports an
 		// unexpected EOF.
@@ -80,6 +101,7 @@ type httpLog struct {
 	follow  bool
 	stall   time.Duration
 	stalled *time.Timer // ends the session
+	trailer bool        // the client is told how the log ends
 	begun   bool
 }
 
@@ -110,8 +132,34 @@ func (o *httpLog) begin() {
 		o.w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		o.w.Header().Set("X-Content-Type-Options", "nosniff")
 		o.w.Header().Set("Cache-Control", "no-store")
+		if o.trailer {
+			o.w.Header().Set("Trailer", HeaderLogEnd)
+		}
 		o.w.WriteHeader(http.StatusOK)
 	}
+}
+
+// end says in the trailer how the log has ended.
+func (o *httpLog) end(err error) {
+	if !o.trailer {
+		return
+	}
+	text := "200 this is the end of the log"
+	if err != nil {
+		status := statusOf(err)
+		if status.Code < 400 {
+			status.Code = http.StatusInternalServerError
+		}
+		text = fmt.Sprintf("%d %s", status.Code, status.Message)
+	}
+	// A header has neither lines nor other control characters.
+	text = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, text)
+	o.w.Header().Set(HeaderLogEnd, truncate(text, maxLogEnd))
 }
 
 func (o *httpLog) Write(p []byte) (int, error) {
@@ -140,6 +188,14 @@ func serveLogWebSocket(w http.ResponseWriter, r *http.Request, opts Options, wri
 	}
 	if err := checkOrigin(r, opts); err != nil {
 		return refuse(w, err)
+	}
+	for name, values := range w.Header() {
+		if strings.HasPrefix(name, "X-Log-") {
+			if opts.header == nil {
+				opts.header = http.Header{}
+			}
+			opts.header[name] = values
+		}
 	}
 	out := &wsLog{w: w, r: r, opts: opts, subprotocol: subprotocol}
 	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), protocolKey{}, "websocket/"+subprotocol))

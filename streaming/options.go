@@ -79,6 +79,9 @@ type Options struct {
 	// closeGrace is how long what was already under way may take to be written
 	// once the session's context has ended; 0 is 5 s. Tests shorten it.
 	closeGrace time.Duration
+
+	// header is sent with the answer to a WebSocket's handshake.
+	header http.Header
 }
 
 func (o Options) withDefaults() Options {

@@ -147,9 +147,12 @@ func startWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subpro
 			refuse(w, httpErrorf(int32(code), status, "%v", reason))
 		},
 	}
-	var header http.Header
+	header := opts.header.Clone()
 	if subprotocol != "" {
-		header = http.Header{"Sec-Websocket-Protocol": {subprotocol}}
+		if header == nil {
+			header = http.Header{}
+		}
+		header.Set("Sec-Websocket-Protocol", subprotocol)
 	}
 	ws, err := upgrader.Upgrade(wsHijacker{w, c.link}, r, header)
 	if err != nil {

@@ -84,6 +84,9 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 	}
 	return r.stream(responder, to, instance, "log", func(w http.ResponseWriter, req *http.Request, s *session.Session) error {
 		logs := &logStream{connector: r.connector, watch: r.watch, to: to, selected: selected}
+		if opts.ResumeAfter != "" {
+			logs.resumed = &resumed{cursor: selected.After.Add(1)}
+		}
 		defer logs.close()
 		names := []string{instance}
 		if opts.AllInstances {
@@ -99,6 +102,12 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 			if err := logs.open(req.Context(), name, first); err != nil {
 				responder.Error(statusError(err))
 				return err
+			}
+		}
+		if !opts.AllInstances {
+			w.Header().Set(v1.LogInstanceHeader, instance)
+			if cursor := logs.cursor(); cursor != "" {
+				w.Header().Set(v1.LogCursorHeader, cursor)
 			}
 		}
 		return streaming.ServeLog(w, req, opts.Follow, r.opts.Streaming, func(ctx context.Context, out io.Writer) error {
@@ -134,9 +143,62 @@ func driverOptions(opts *v1.TargetLogOptions, c clock.PassiveClock) (driver.LogO
 		if err != nil {
 			return driver.LogOptions{}, apierrors.NewBadRequest(err.Error())
 		}
-		selected.After = after
+		if start := time.Unix(0, 0); after.Before(start) {
+			after = start // a log's beginning, also for who says year 1
+		}
+		// The line of the cursor itself tells what else of it the client has:
+		// see resumed.
+		selected.After = after.Add(-1)
 	}
 	return selected, nil
+}
+
+// resumed leaves out the line that the client has already: the one whose time
+// is the cursor. All its parts are meant, as the client was shown the time of
+// the first one alone.
+type resumed struct {
+	cursor time.Time
+	// begun says that a line of the cursor's time was left out, and stream and
+	// run are its; over that no more will be.
+	begun, over bool
+	stream      v1.LogStream
+	run         int
+}
+
+// skips says whether the next line is left out.
+func (r *resumed) skips(line driver.LogLine) bool {
+	if r.over {
+		return false
+	}
+	if r.begun {
+		r.over = line.Stream != r.stream || line.Run != r.run
+	} else {
+		r.over = !line.Time.Equal(r.cursor)
+	}
+	if r.over {
+		return false
+	}
+	r.begun, r.stream, r.run = true, line.Stream, line.Run
+	r.over = !line.Partial
+	return true
+}
+
+// cursor returns the time with which a client resumes that had no line yet, ""
+// if it can't be told: for the previous run, as a client that resumes reads on
+// through all of them.
+func (l *logStream) cursor() string {
+	if l.selected.Previous {
+		return ""
+	}
+	before := l.selected.After.Add(1)
+	if l.resumed == nil {
+		reader, ok := l.sources[0].reader.(driver.LogCursor)
+		if !ok {
+			return ""
+		}
+		before = reader.Before()
+	}
+	return before.UTC().Format(driver.LogTime)
 }
 
 // logStream reads the logs of one request.
@@ -146,6 +208,8 @@ type logStream struct {
 	to       *access
 	selected driver.LogOptions
 	sources  []*logSource
+	// resumed is nil unless the client goes on where it was cut off.
+	resumed *resumed
 }
 
 // logSource is the log of one instance.
@@ -205,25 +269,73 @@ func (l *logStream) reopen(ctx context.Context, source *logSource, selected driv
 
 // copy writes the logs until they end, or ctx does.
 func (l *logStream) copy(ctx context.Context, out io.Writer, format *formatter, all bool) error {
-	if !l.selected.Follow {
-		return l.merge(ctx, out, format)
-	}
-	if all {
+	if l.selected.Follow && all {
 		if err := l.merge(ctx, out, format); err != nil {
 			return err
 		}
 		l.close()
 		return l.followAll(ctx, out, format)
 	}
+	if !l.selected.Follow {
+		return l.merge(ctx, out, format)
+	}
 	source := l.sources[0]
+	if reader, ok := source.reader.(driver.LogBatcher); ok {
+		// The headers go out now: the first line may be long in coming.
+		if _, err := out.Write(nil); err != nil {
+			return err
+		}
+		return l.copyBatches(ctx, out, format, source, reader)
+	}
 	return batched(ctx, out, func(ctx context.Context, batch *batch) error {
-		return source.follow(ctx, batch, format)
+		return source.follow(ctx, batch, format, l.resumed)
 	})
+}
+
+// batchBuffers are for those who have lines to write: a follower that waits has
+// none.
+var batchBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+// copyBatches writes a log as it is read: one that is shared with other clients,
+// who want it in the same form, was made into text by the first of them.
+func (l *logStream) copyBatches(ctx context.Context, out io.Writer, format *formatter, source *logSource, reader driver.LogBatcher) error {
+	for {
+		batch, err := reader.NextBatch(ctx)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if batch.Shared != nil && (l.resumed == nil || l.resumed.over) {
+			key := renderKey{format.prefix, format.timestamps, source.instance, l.selected.Stream, format.pending}
+			made := batch.Shared.Do(key, func() any { return format.render(nil, source.instance, batch, nil) }).(rendered)
+			format.pending, source.last = made.pending, made.last
+			_, err = out.Write(made.text)
+		} else {
+			buf := batchBuffers.Get().(*[]byte)
+			made := format.render((*buf)[:0], source.instance, batch, l.resumed)
+			if !made.last.IsZero() {
+				source.last = made.last
+				_, err = out.Write(made.text)
+			}
+			*buf = made.text
+			batchBuffers.Put(buf)
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // merge writes what the open logs hold by now, in the order of the lines'
 // times.
 func (l *logStream) merge(ctx context.Context, out io.Writer, format *formatter) error {
+	if len(l.sources) == 1 {
+		if reader, ok := l.sources[0].reader.(driver.LogBatcher); ok {
+			return l.copyBatches(ctx, out, format, l.sources[0], reader)
+		}
+	}
 	buffered := bufio.NewWriterSize(out, 32<<10)
 	var scratch []byte
 	var ahead byTime
@@ -246,9 +358,11 @@ func (l *logStream) merge(ctx context.Context, out io.Writer, format *formatter)
 	}
 	for len(ahead) > 0 {
 		source := heap.Pop(&ahead).(*logSource)
-		scratch = format.append(scratch[:0], source.instance, source.line)
-		if _, err := buffered.Write(scratch); err != nil {
-			return err
+		if l.resumed == nil || !l.resumed.skips(source.line) {
+			scratch = format.append(scratch[:0], source.instance, source.line)
+			if _, err := buffered.Write(scratch); err != nil {
+				return err
+			}
 		}
 		source.last = source.line.Time
 		if err := next(source); err != nil {
@@ -273,7 +387,7 @@ func (h *byTime) Pop() any {
 }
 
 // follow adds an instance's lines to the batch until its log ends.
-func (s *logSource) follow(ctx context.Context, batch *batch, format *formatter) error {
+func (s *logSource) follow(ctx context.Context, batch *batch, format *formatter, resumed *resumed) error {
 	for {
 		line, err := s.reader.Next(ctx)
 		if errors.Is(err, io.EOF) {
@@ -281,6 +395,9 @@ func (s *logSource) follow(ctx context.Context, batch *batch, format *formatter)
 		}
 		if err != nil {
 			return err
+		}
+		if resumed != nil && resumed.skips(line) {
+			continue
 		}
 		if err := batch.add(ctx, format, s.instance, line); err != nil {
 			return err
@@ -334,7 +451,7 @@ func (l *logStream) followAll(ctx context.Context, out io.Writer, format *format
 			}
 			open[name] = true
 			running.Go(func() {
-				err := source.follow(ctx, batch, format)
+				err := source.follow(ctx, batch, format, nil)
 				source.close()
 				if err != nil {
 					cancel(err)
@@ -434,41 +551,76 @@ func finished(target *v1.Target) bool {
 // formatter writes lines as the client wants them.
 type formatter struct {
 	prefix, timestamps bool
-	// pending says that the last line isn't complete, and pendingInstance and
-	// pendingStream whose it is.
-	pending         bool
-	pendingInstance string
-	pendingStream   v1.LogStream
-	pendingRun      int
+	stamp              driver.LogStamp
+	pending            pendingLine
 }
 
-// timeFormat is RFC 3339 with all nine digits, so that times line up.
-const timeFormat = "2006-01-02T15:04:05.000000000Z07:00"
+// pendingLine says whether the last line isn't complete, and whose it is.
+type pendingLine struct {
+	begun    bool
+	instance string
+	stream   v1.LogStream
+	run      int
+}
 
 // append adds a line to buf. Lines of different instances, runs or streams never
 // mix: a line that was begun is ended by another's.
 func (f *formatter) append(buf []byte, instance string, line driver.LogLine) []byte {
-	same := f.pendingInstance == instance && f.pendingStream == line.Stream && f.pendingRun == line.Run
-	if f.pending && !same {
-		buf = append(buf, '\n')
+	goesOn := false
+	if f.pending.begun {
+		goesOn = f.pending == pendingLine{true, instance, line.Stream, line.Run}
+		if !goesOn {
+			buf = append(buf, '\n')
+		}
 	}
-	if !f.pending || !same {
+	if !goesOn {
 		if f.prefix {
 			buf = append(buf, '[')
 			buf = append(buf, instance...)
 			buf = append(buf, "] "...)
 		}
 		if f.timestamps {
-			buf = line.Time.UTC().AppendFormat(buf, timeFormat)
+			buf = f.stamp.Append(buf, line.Time)
 			buf = append(buf, ' ')
 		}
 	}
 	buf = append(buf, line.Data...)
-	if !line.Partial {
+	if line.Partial {
+		f.pending = pendingLine{true, instance, line.Stream, line.Run}
+	} else {
 		buf = append(buf, '\n')
+		f.pending = pendingLine{}
 	}
-	f.pending, f.pendingInstance, f.pendingStream, f.pendingRun = line.Partial, instance, line.Stream, line.Run
 	return buf
+}
+
+// rendered is a batch as a client gets it. last is the time of its last line,
+// and pending what the next one may go on with.
+type rendered struct {
+	text    []byte
+	last    time.Time
+	pending pendingLine
+}
+
+// renderKey is all that the text of a batch depends on, besides its lines.
+type renderKey struct {
+	prefix, timestamps bool
+	instance           string
+	stream             v1.LogStream
+	pending            pendingLine
+}
+
+// render appends the lines of a batch to buf.
+func (f *formatter) render(buf []byte, instance string, batch driver.LogBatch, resumed *resumed) rendered {
+	var last time.Time
+	for line := range batch.Lines {
+		if resumed != nil && resumed.skips(line) {
+			continue
+		}
+		buf = f.append(buf, instance, line)
+		last = line.Time
+	}
+	return rendered{buf, last, f.pending}
 }
 
 // batch gathers lines while the client is written to: a client that keeps up

@@ -402,9 +402,13 @@ func TestDriverOptions(t *testing.T) {
 			opts: v1.TargetLogOptions{SinceTime: &metav1.Time{Time: epoch}},
 			want: driver.LogOptions{Since: epoch},
 		},
-		"the cursor keeps its nanoseconds": {
+		"the cursor keeps its nanoseconds, and its line is read, too": {
 			opts: v1.TargetLogOptions{ResumeAfter: "2026-01-02T03:04:05.000000001Z"},
-			want: driver.LogOptions{After: epoch.Add(1)},
+			want: driver.LogOptions{After: epoch},
+		},
+		"a cursor before all time selects all": {
+			opts: v1.TargetLogOptions{ResumeAfter: "0001-01-01T00:00:00Z"},
+			want: driver.LogOptions{After: time.Unix(0, -1)},
 		},
 		"the rest passes": {
 			opts: v1.TargetLogOptions{Previous: true, Follow: true, TailLines: ptr.To[int64](0), Stream: v1.LogStreamStderr},

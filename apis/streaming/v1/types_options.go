@@ -16,6 +16,25 @@ const (
 	LogStreamStderr LogStream = "Stderr"
 )
 
+// What the answer of targets/log says of itself, for one instance, in headers; a
+// WebSocket's in those of its upgrade.
+const (
+	// LogInstanceHeader names the instance.
+	LogInstanceHeader = "X-Log-Instance"
+	// LogCursorHeader is the resumeAfter, in RFC 3339 with nanoseconds, with
+	// which all of this answer is returned again, and what came later: a
+	// client that was cut off before its first line resumes with it. It isn't
+	// there with previous.
+	LogCursorHeader = "X-Log-Cursor"
+	// LogEndHeader, with any value in a request that isn't a WebSocket, has
+	// the answer always end in order, with a trailer of that name, which says
+	// why: a status code, 200 for the end of the log, a space, and a text.
+	// Who sends it takes an answer without that trailer for one that was cut
+	// off. For all others, an answer that isn't whole ends in an unexpected
+	// EOF.
+	LogEndHeader = "X-Log-End"
+)
+
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
 // +k8s:validation-gen=false
 // +k8s:conversion-gen:explicit-from=net/url.Values
