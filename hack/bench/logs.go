@@ -103,13 +103,13 @@ type logsServer struct {
 func benchLogs(ctx context.Context, o logsOptions, out io.Writer) error {
 	if o.idle > 0 {
 		fmt.Fprintf(out, "### Idle followed logs, kB each on the server, %d of them\n\n", o.idle)
-		fmt.Fprintf(out, "| transport | heap and stacks | resident |\n|---|---:|---:|\n")
+		fmt.Fprintf(out, "| transport | heap | stacks | resident |\n|---|---:|---:|---:|\n")
 		for _, transport := range []string{"HTTP/1.1", "HTTP/2", "WebSocket"} {
-			managed, resident, err := o.idleLogs(ctx, transport)
+			each, err := o.idleLogs(ctx, transport)
 			if err != nil {
 				return fmt.Errorf("idle logs over %s: %w", transport, err)
 			}
-			fmt.Fprintf(out, "| %s | %.1f | %.1f |\n", transport, managed/1000, resident/1000)
+			fmt.Fprintf(out, "| %s | %.1f | %.1f | %.1f |\n", transport, each.heap/1000, each.stacks/1000, each.resident/1000)
 		}
 		fmt.Fprintln(out)
 	}
@@ -276,28 +276,28 @@ func (s *logsServer) run(ctx context.Context, name string, command ...string) er
 	})
 }
 
-// idleLogs returns how many bytes a followed log takes on the server.
-func (o logsOptions) idleLogs(ctx context.Context, transport string) (managed, resident float64, err error) {
+// idleLogs returns what a followed log occupies on the server.
+func (o logsOptions) idleLogs(ctx context.Context, transport string) (each occupied, err error) {
 	s, err := o.start(ctx)
 	if err != nil {
-		return 0, 0, err
+		return each, err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
 	if err := s.run(ctx, "quiet", "/bin/sh", "-c", "echo one; exec sleep 100000"); err != nil {
-		return 0, 0, err
+		return each, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	// The server has done all once before it is measured.
 	warm, err := s.follow(ctx, transport, 100)
 	if err != nil {
 		cancel()
-		return 0, 0, err
+		return each, err
 	}
 	warm()
 	before, err := s.settled(ctx)
 	if err != nil {
 		cancel()
-		return 0, 0, err
+		return each, err
 	}
 	leave, err := s.follow(ctx, transport, o.idle)
 	defer func() {
@@ -307,19 +307,23 @@ func (o logsOptions) idleLogs(ctx context.Context, transport string) (managed, r
 		}
 	}()
 	if err != nil {
-		return 0, 0, err
+		return each, err
 	}
 	after, err := s.settled(ctx)
 	if err != nil {
-		return 0, 0, err
+		return each, err
 	}
 	for _, kind := range []string{"heap", "goroutine"} {
 		if err := s.profile(ctx, o.profiles, kind+" "+transport, "/debug/pprof/"+kind); err != nil {
-			return 0, 0, err
+			return each, err
 		}
 	}
 	n := float64(o.idle)
-	return (after.managed - before.managed) / n, (after.resident - before.resident) / n, nil
+	return occupied{
+		heap:     (after.heap - before.heap) / n,
+		stacks:   (after.stacks - before.stacks) / n,
+		resident: (after.resident - before.resident) / n,
+	}, nil
 }
 
 // profile stores a profile of the server in a directory, unless that is "".
@@ -391,9 +395,9 @@ func (s *logsServer) follow(ctx context.Context, transport string, n int) (leave
 	return leave, err
 }
 
-// occupied is memory of a server, in bytes: managed is Go's heap in use and
-// stacks, resident what the process has in the machine's memory.
-type occupied struct{ managed, resident float64 }
+// occupied is memory of a server, in bytes: Go's heap in use, the stacks of its
+// goroutines, and what the process has in the machine's memory.
+type occupied struct{ heap, stacks, resident float64 }
 
 // settled waits until the heap stays as it is.
 func (s *logsServer) settled(ctx context.Context) (occupied, error) {
@@ -430,8 +434,9 @@ func (s *logsServer) settled(ctx context.Context) (occupied, error) {
 			return err
 		}
 		before := now
-		now = occupied{heap + stacks, resident * 1024}
-		if now.managed < before.managed*0.995 || now.managed > before.managed*1.005 {
+		now = occupied{heap, stacks, resident * 1024}
+		managed, last := now.heap+now.stacks, before.heap+before.stacks
+		if managed < last*0.995 || managed > last*1.005 {
 			stable = 0
 			return errors.New("its heap doesn't settle")
 		}

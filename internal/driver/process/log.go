@@ -343,7 +343,7 @@ func (l *instanceLog) wake() {
 	}
 	if l.more != nil {
 		close(l.more)
-		l.more = nil
+		l.more, l.waiting = nil, 0
 		l.woken = time.Now()
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -72,6 +73,32 @@ func readAll(t testing.TB, l *instanceLog, opts driver.LogOptions) []record {
 			t.Fatal(err)
 		}
 		all = append(all, record{line.Time.UnixNano(), line.Stream == v1.LogStreamStderr, string(line.Data), line.Partial})
+	}
+}
+
+func readBatches(t testing.TB, l *instanceLog, opts driver.LogOptions) []record {
+	t.Helper()
+	r, err := l.read(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var all []record
+	for {
+		batch, err := r.NextBatch(t.Context())
+		if err == io.EOF {
+			return all
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := len(all)
+		for line := range batch.Lines {
+			all = append(all, record{line.Time.UnixNano(), line.Stream == v1.LogStreamStderr, string(line.Data), line.Partial})
+		}
+		if len(all) == before {
+			t.Error("a batch is empty")
+		}
 	}
 }
 
@@ -243,6 +270,22 @@ func TestSelection(t *testing.T) {
 		if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" {
 			t.Fatalf("options %+v (-want +got):\n%s", opts, diff)
 		}
+		if diff := cmp.Diff(want, readBatches(t, l, opts), cmpopts.EquateEmpty()); diff != "" {
+			t.Fatalf("options %+v, by batches (-want +got):\n%s", opts, diff)
+		}
+		if opts.Previous {
+			return
+		}
+		// A client that resumes where the reader began gets the same.
+		r, err := l.read(opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		resumed := readAll(t, l, driver.LogOptions{After: r.Before(), Stream: opts.Stream})
+		if diff := cmp.Diff(want, resumed, cmpopts.EquateEmpty()); diff != "" {
+			t.Fatalf("options %+v, resumed from %v (-want +got):\n%s", opts, r.Before(), diff)
+		}
 	}
 	for range 150 {
 		opts := driver.LogOptions{Stream: []v1.LogStream{"", v1.LogStreamStdout, v1.LogStreamStderr}[random.IntN(3)]}
@@ -275,6 +318,30 @@ func TestSelection(t *testing.T) {
 }
 
 func TestFollowersGetEachLineOnceThroughRotation(t *testing.T) {
+	t.Run("line by line", func(t *testing.T) { testFollowers(t, (*logReader).nextLines) })
+	t.Run("by batches", func(t *testing.T) { testFollowers(t, (*logReader).nextBatch) })
+}
+
+func (r *logReader) nextLines(ctx context.Context, see func(driver.LogLine)) error {
+	line, err := r.Next(ctx)
+	if err == nil {
+		see(line)
+	}
+	return err
+}
+
+func (r *logReader) nextBatch(ctx context.Context, see func(driver.LogLine)) error {
+	batch, err := r.NextBatch(ctx)
+	if err != nil {
+		return err
+	}
+	for line := range batch.Lines {
+		see(line)
+	}
+	return nil
+}
+
+func testFollowers(t *testing.T, next func(r *logReader, ctx context.Context, see func(driver.LogLine)) error) {
 	const lines, followers, writers = 20000, 8, 2
 	dir := t.TempDir()
 	// So many lines fill more files than are kept, but not so many more that a
@@ -289,24 +356,24 @@ func TestFollowersGetEachLineOnceThroughRotation(t *testing.T) {
 		}
 		all.Go(func() {
 			defer r.Close()
-			var next [writers]int
+			var seen [writers]int
 			var last time.Time
-			for next[0]+next[1] < lines*writers {
-				line, err := r.Next(t.Context())
+			for seen[0]+seen[1] < lines*writers && !t.Failed() {
+				err := next(r, t.Context(), func(line driver.LogLine) {
+					if !line.Time.After(last) {
+						t.Errorf("time %v isn't after %v", line.Time, last)
+					}
+					last = line.Time
+					var w, n int
+					if fmt.Sscanf(string(line.Data), "%d %d", &w, &n); n != seen[w] {
+						t.Errorf("line %d of writer %d, want %d", n, w, seen[w])
+					}
+					seen[w]++
+				})
 				if err != nil {
-					t.Errorf("Next: %v", err)
+					t.Errorf("reading on: %v", err)
 					return
 				}
-				if !line.Time.After(last) {
-					t.Errorf("time %v isn't after %v", line.Time, last)
-				}
-				last = line.Time
-				var w, n int
-				if fmt.Sscanf(string(line.Data), "%d %d", &w, &n); n != next[w] {
-					t.Errorf("line %d of writer %d, want %d", n, w, next[w])
-					return
-				}
-				next[w]++
 			}
 		})
 	}
@@ -324,6 +391,182 @@ func TestFollowersGetEachLineOnceThroughRotation(t *testing.T) {
 	all.Wait()
 	if _, err := os.Stat(filepath.Join(dir, "1.0.log")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the first file wasn't deleted: %v", err)
+	}
+}
+
+// countedFile counts how often it is read.
+type countedFile struct {
+	logFile
+	reads *atomic.Int64
+}
+
+func (f countedFile) ReadAt(p []byte, offset int64) (int, error) {
+	f.reads.Add(1)
+	return f.logFile.ReadAt(p, offset)
+}
+
+// follow opens a follower of what is written from now on.
+func follow(t *testing.T, l *instanceLog) *logReader {
+	t.Helper()
+	r, err := l.read(driver.LogOptions{Follow: true, Tail: ptr.To[int64](0)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	return r
+}
+
+// awaitWaiting waits until so many followers wait for more.
+func awaitWaiting(t *testing.T, l *instanceLog, n int) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		l.mu.Lock()
+		waiting := l.waiting
+		l.mu.Unlock()
+		if waiting == n {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d followers wait, want %d", waiting, n)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func TestALineThatManyFollowIsReadOnce(t *testing.T) {
+	const followers, lines = 100, 20
+	var reads atomic.Int64
+	l := newLog(t, t.TempDir(), func(s *logSettings) {
+		s.create = func(name string) (logFile, error) {
+			f, err := createLogFile(name)
+			return countedFile{f, &reads}, err
+		}
+	})
+	run := l.begin()
+	write(t, l, run, v1.LogStreamStdout, "first\n")
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	var shares sync.Map
+	var all sync.WaitGroup
+	var seen [lines]sync.WaitGroup
+	for i := range seen {
+		seen[i].Add(followers)
+	}
+	for range followers {
+		r := follow(t, l)
+		all.Go(func() {
+			next := 0
+			defer func() { // it has failed
+				for ; next < lines; next++ {
+					seen[next].Done()
+				}
+			}()
+			for i := range lines {
+				batch, err := r.NextBatch(ctx)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				for line := range batch.Lines {
+					if want := fmt.Sprint("line ", i); string(line.Data) != want {
+						t.Errorf("line %q, want %q", line.Data, want)
+					}
+				}
+				made := batch.Shared.Do("key", func() any { return i })
+				shares.Store(batch.Shared, true)
+				if made != i {
+					t.Errorf("shared is %v, want %d", made, i)
+				}
+				seen[i].Done()
+				next++
+			}
+		})
+	}
+	reads.Store(0)
+	for i := range lines {
+		awaitWaiting(t, l, followers)
+		write(t, l, run, v1.LogStreamStdout, fmt.Sprintf("line %d\n", i))
+		seen[i].Wait()
+	}
+	all.Wait()
+	if n := reads.Load(); n != lines {
+		t.Errorf("%d reads of the file for %d lines", n, lines)
+	}
+	n := 0
+	shares.Range(func(any, any) bool { n++; return true })
+	if n != lines {
+		t.Errorf("%d batches were shared, want %d", n, lines)
+	}
+}
+
+func TestWhatFollowersShareIsBounded(t *testing.T) {
+	l := newLog(t, t.TempDir(), func(s *logSettings) { s.fileSize, s.files = 300<<10, 100 })
+	run := l.begin()
+	stalled, quick := follow(t, l), follow(t, l)
+	var want, got []string
+	see := func(line driver.LogLine) { got = append(got, string(line.Data)) }
+	occupied := func() (blocks, size int) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for _, b := range l.blocks {
+			size += len(b.data)
+		}
+		return len(l.blocks), size
+	}
+	for i := range 400 {
+		text := fmt.Sprint(i, " ", strings.Repeat("x", i*16), "\n")
+		want = append(want, strings.TrimSuffix(text, "\n"))
+		write(t, l, run, v1.LogStreamStdout, text)
+		for len(got) < len(want) {
+			if err := quick.nextBatch(t.Context(), see); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if blocks, size := occupied(); blocks == 0 || blocks > maxBlocks || size > maxBlocksSize {
+			t.Fatalf("after %d lines, %d bytes in %d blocks are kept", i, size, blocks)
+		}
+	}
+	// The one that is behind reads the files.
+	got = nil
+	for len(got) < len(want) {
+		if err := stalled.nextBatch(t.Context(), see); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("lines of the one that was behind (-want +got):\n%s", diff)
+	}
+	stalled.Close()
+	if blocks, _ := occupied(); blocks != 0 {
+		t.Errorf("%d blocks are kept for a single follower", blocks)
+	}
+}
+
+func TestAFollowerWithoutLinesResumesThroughRestarts(t *testing.T) {
+	for name, before := range map[string]string{"in a log without any": "", "behind what there was": "old\n"} {
+		t.Run(name, func(t *testing.T) {
+			l := newLog(t, t.TempDir(), nil)
+			if before != "" {
+				write(t, l, l.begin(), v1.LogStreamStdout, before)
+			}
+			run := l.begin()
+			l.create(run)
+			r, err := l.read(driver.LogOptions{Follow: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			cursor := r.Before()
+			r.Close()
+			write(t, l, run, v1.LogStreamStdout, "one\n")
+			write(t, l, l.begin(), v1.LogStreamStdout, "two\n")
+			if cursor.IsZero() {
+				t.Error("the cursor is the zero time, which selects nothing")
+			}
+			if diff := cmp.Diff([]string{"one", "two"}, texts(readAll(t, l, driver.LogOptions{After: cursor}))); diff != "" {
+				t.Errorf("resumed (-want +got):\n%s", diff)
+			}
+		})
 	}
 }
 

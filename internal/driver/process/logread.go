@@ -590,10 +590,12 @@ func (r *logReader) fill(ctx context.Context, share bool) (*logBlock, error) {
 		select {
 		case <-more:
 		case <-ctx.Done():
+			l.mu.Lock()
+			if l.more == more {
+				l.waiting-- // whoever is woken was uncounted by that
+			}
+			l.mu.Unlock()
 		}
-		l.mu.Lock()
-		l.waiting--
-		l.mu.Unlock()
 	}
 }
 
