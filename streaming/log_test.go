@@ -7,10 +7,13 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httptrace"
+	"net/http/httputil"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -423,5 +426,97 @@ func TestLogOverHTTPWaitsForAPager(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestLogTellsHowItEnded goes through the proxy that kube-aggregator's is made
+// of, too.
+func TestLogTellsHowItEnded(t *testing.T) {
+	draining := apierrors.NewServiceUnavailable("the server is shutting down:\nconnect again")
+	for name, tt := range map[string]struct {
+		err  error
+		want string
+	}{
+		"the end of the log": {nil, "200 this is the end of the log"},
+		"a status":           {draining, "503 the server is shutting down: connect again"},
+		"another error":      {errors.New("the log file is gone"), "500 the log file is gone"},
+		"a long error":       {errors.New(strings.Repeat("x", 2*maxLogEnd)), "500 " + strings.Repeat("x", maxLogEnd-4-len("…")) + "…"},
+	} {
+		for _, proto := range []string{"HTTP/1.1", "HTTP/2.0"} {
+			for _, proxied := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, %s, proxied %t", name, proto, proxied), func(t *testing.T) {
+					start := func(handler http.Handler) *httptest.Server {
+						s := httptest.NewUnstartedServer(handler)
+						s.EnableHTTP2 = proto == "HTTP/2.0"
+						s.StartTLS()
+						t.Cleanup(s.Close)
+						return s
+					}
+					s := start(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+						w.Header().Set("X-Log-Cursor", "some time")
+						ServeLog(w, r, true, Options{}, func(_ context.Context, out io.Writer) error {
+							io.WriteString(out, "one\n")
+							return tt.err
+						})
+					}))
+					if proxied {
+						backend := s
+						location, err := url.Parse(backend.URL)
+						if err != nil {
+							t.Fatal(err)
+						}
+						handler := httputil.NewSingleHostReverseProxy(location)
+						handler.Transport = backend.Client().Transport
+						s = start(handler)
+					}
+					r, err := http.NewRequestWithContext(testContext(t), "GET", s.URL, nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					r.Header.Set(HeaderLogEnd, "trailer")
+					resp, err := s.Client().Do(r)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer resp.Body.Close()
+					body, err := io.ReadAll(resp.Body)
+					if string(body) != "one\n" || err != nil || resp.Proto != proto {
+						t.Errorf("%s: %q, %v", resp.Proto, body, err)
+					}
+					if got := resp.Trailer.Get(HeaderLogEnd); got != tt.want {
+						t.Errorf("the trailer is %q, want %q", got, tt.want)
+					}
+					if got := resp.Header.Get("X-Log-Cursor"); got != "some time" {
+						t.Errorf("the header is %q", got)
+					}
+				})
+			}
+		}
+	}
+}
+
+func TestLogHeadersOfAWebSocket(t *testing.T) {
+	s := newServer(t, func(w http.ResponseWriter, r *http.Request) error {
+		w.Header().Set("X-Log-Cursor", "some time")
+		w.Header().Set("X-Other", "not ours")
+		return ServeLog(w, r, true, Options{}, func(_ context.Context, out io.Writer) error { return nil })
+	})
+	c, resp, err := dialWebSocket(t, s.URL, nil, "binary.k8s.io")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	readMessages(t, c)
+	if got := resp.Header.Get("X-Log-Cursor"); got != "some time" {
+		t.Errorf("the header is %q", got)
+	}
+	if got := resp.Header.Get("X-Other"); got != "" {
+		t.Errorf("another header is %q, want none", got)
+	}
+	if c.Subprotocol() != "binary.k8s.io" {
+		t.Errorf("subprotocol %q", c.Subprotocol())
+	}
+	if err := s.result(t); err != nil {
+		t.Error(err)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -422,6 +423,155 @@ func TestDriverOptions(t *testing.T) {
 			}
 			if diff := cmp.Diff(tt.want, got); diff != "" {
 				t.Errorf("options (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// batchReader is a reader that has its lines in batches.
+type batchReader struct {
+	driver.LogReader
+	batches []driver.LogBatch
+}
+
+func (r *batchReader) NextBatch(context.Context) (driver.LogBatch, error) {
+	if len(r.batches) == 0 {
+		return driver.LogBatch{}, io.EOF
+	}
+	batch := r.batches[0]
+	r.batches = r.batches[1:]
+	return batch, nil
+}
+
+// TestBatchesAreWhatLinesAre compares what comes of lines one by one, by batches
+// of any size, and by batches that others have had before.
+func TestBatchesAreWhatLinesAre(t *testing.T) {
+	stderr := part(4, v1.LogStreamStderr, "error ")
+	nextRun := at(7, "next run")
+	nextRun.Run = 1
+	lines := []driver.LogLine{
+		at(1, "one"), part(2, v1.LogStreamStdout, "long "), part(3, v1.LogStreamStdout, "longer "), stderr,
+		at(5, "longest"), part(6, v1.LogStreamStdout, "cut"), nextRun, at(8, "last"),
+	}
+	for name, format := range map[string]formatter{
+		"plain":             {},
+		"with times":        {timestamps: true},
+		"with all there is": {prefix: true, timestamps: true},
+	} {
+		for size := 1; size <= len(lines); size++ {
+			t.Run(fmt.Sprint(name, ", batches of ", size), func(t *testing.T) {
+				var want []byte
+				each := format
+				for _, line := range lines {
+					want = each.append(want, "web-0", line)
+				}
+				var own, shared []driver.LogBatch
+				for some := range slices.Chunk(lines, size) {
+					own = append(own, driver.LogBatch{Lines: slices.Values(some)})
+					shared = append(shared, driver.LogBatch{Lines: slices.Values(some), Shared: &driver.LogShare{}})
+				}
+				for name, batches := range map[string][]driver.LogBatch{"its own": own, "shared": shared} {
+					for range 2 {
+						logs := logsOf(newFakeDriver(), driver.LogOptions{Follow: true})
+						source := &logSource{instance: "web-0", reader: &batchReader{batches: batches}}
+						logs.sources = []*logSource{source}
+						var out bytes.Buffer
+						f := format
+						if err := logs.copy(t.Context(), &out, &f, false); err != nil {
+							t.Fatal(err)
+						}
+						if diff := cmp.Diff(string(want), out.String()); diff != "" {
+							t.Errorf("%s batches (-want +got):\n%s", name, diff)
+						}
+						if last := lines[len(lines)-1].Time; !source.last.Equal(last) {
+							t.Errorf("%s batches: the last line is of %v, want %v", name, source.last, last)
+						}
+					}
+				}
+			})
+		}
+	}
+}
+
+// A client resumes after a line that it has, whose time is that of its first
+// part, or just before one that it has a part of.
+func TestResuming(t *testing.T) {
+	stdout := v1.LogStreamStdout
+	stderr := at(4, "err")
+	stderr.Stream = v1.LogStreamStderr
+	nextRun := at(6, "next run")
+	nextRun.Run = 1
+	log := []driver.LogLine{
+		at(1, "one"), part(2, stdout, "long "), at(3, "end"), stderr,
+		part(5, stdout, "no newline"), nextRun, part(7, stdout, "begun "), stderr, at(9, "gone on"),
+	}
+	log[6].Run, log[8].Run, log[7].Run = 1, 1, 1
+	log[7].Time = at(8, "").Time
+	stamp := func(ms int) string { return at(ms, "").Time.Format(driver.LogTime) }
+	line := func(ms int, text string) string { return stamp(ms) + " " + text + "\n" }
+	after := func(ms, nanoseconds int) string {
+		return at(ms, "").Time.Add(time.Duration(nanoseconds)).Format(time.RFC3339Nano)
+	}
+	one, long, err := line(1, "one"), line(2, "long end"), line(4, "err")
+	cut, next, begun, err2, rest := line(5, "no newline"), line(6, "next run"), line(7, "begun "), line(8, "err"), line(9, "gone on")
+	for name, tt := range map[string]struct {
+		after string
+		want  string
+	}{
+		"from before all":                {"0001-01-01T00:00:00Z", one + long + err + cut + next + begun + err2 + rest},
+		"from the epoch":                 {"1970-01-01T00:00:00Z", one + long + err + cut + next + begun + err2 + rest},
+		"after a line":                   {after(1, 0), long + err + cut + next + begun + err2 + rest},
+		"after a time that is no line's": {after(1, 7), long + err + cut + next + begun + err2 + rest},
+		"after a line of several parts":  {after(2, 0), err + cut + next + begun + err2 + rest},
+		"just before a line of several parts, which the client has the beginning of": {after(2, -1), long + err + cut + next + begun + err2 + rest},
+		"after the last of a run, without a newline":                                 {after(5, 0), next + begun + err2 + rest},
+		"after a beginning that another stream's line came into":                     {after(7, 0), err2 + rest},
+		"after that line": {after(8, 0), rest},
+		"after all":       {after(9, 0), ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			selected, err := driverOptions(&v1.TargetLogOptions{ResumeAfter: tt.after}, clocktesting.NewFakePassiveClock(epoch))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, follow := range []bool{false, true} {
+				d := newFakeDriver()
+				d.write("web-0", log...)
+				d.remove("web-0")
+				selected.Follow = follow
+				logs := logsOf(d, selected)
+				defer logs.close()
+				if err := logs.open(t.Context(), "web-0", logs.selected); err != nil {
+					t.Fatal(err)
+				}
+				logs.resumed = &resumed{cursor: selected.After.Add(1)}
+				var out bytes.Buffer
+				if err := logs.copy(t.Context(), &out, &formatter{timestamps: true}, false); err != nil {
+					t.Fatal(err)
+				}
+				if diff := cmp.Diff(tt.want, out.String()); diff != "" {
+					t.Errorf("follow %t, output (-want +got):\n%s", follow, diff)
+				}
+				var batched []driver.LogLine
+				for _, line := range log {
+					if line.Time.After(selected.After) {
+						batched = append(batched, line)
+					}
+				}
+				logs = logsOf(d, selected)
+				logs.resumed = &resumed{cursor: selected.After.Add(1)}
+				reader := &batchReader{}
+				for some := range slices.Chunk(batched, 2) {
+					reader.batches = append(reader.batches, driver.LogBatch{Lines: slices.Values(some), Shared: &driver.LogShare{}})
+				}
+				logs.sources = []*logSource{{instance: "web-0", reader: reader}}
+				out.Reset()
+				if err := logs.copy(t.Context(), &out, &formatter{timestamps: true}, false); err != nil {
+					t.Fatal(err)
+				}
+				if diff := cmp.Diff(tt.want, out.String()); diff != "" {
+					t.Errorf("follow %t, by batches, output (-want +got):\n%s", follow, diff)
+				}
 			}
 		})
 	}
