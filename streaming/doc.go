@@ -30,6 +30,12 @@
 // waited for. The server closes last, once the client has had time to read all
 // that was written for it.
 //
+// # Logs
+//
+// A log over plain HTTP that isn't whole is cut off, as a response that ends in
+// order says that it is. HTTP has no trailers of such a response; a client that
+// wants to know why, and asks by [HeaderLogEnd], gets one that ends in order.
+//
 // # Memory
 //
 // Memory is bounded for each session, whatever the client and the callback do:
