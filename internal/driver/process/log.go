@@ -52,7 +52,7 @@ const (
 	// that what one costs stays small beside what the lines cost: each has
 	// wakePause, and no line is late by more than wakeMost. One follower
 	// notices nothing of that.
-	wakePause = 50 * time.Microsecond
+	wakePause = 100 * time.Microsecond
 	wakeMost  = 250 * time.Millisecond
 )
 
