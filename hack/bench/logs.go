@@ -34,20 +34,18 @@ import (
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 )
 
-// What this program does when it is run by itself or by a server.
+// Roles of this program.
 const (
-	// produceCommand writes lines at a rate: lines a second, bytes a line.
-	produceCommand = "produce-lines"
-	// serveFilesCommand serves the files of a directory, one behind the other,
-	// as bare HTTPS: what a log is compared with.
-	serveFilesCommand = "serve-files"
-	// logsCommand measures logs alone.
-	logsCommand = "logs"
+	// produceRole writes lines at a rate: lines a second, bytes a line.
+	produceRole = "role-produce-lines"
+	// serveFilesRole serves the files of a directory, one behind the other, as
+	// bare HTTPS: what a log is compared with.
+	serveFilesRole = "role-serve-files"
 )
 
 // logsOptions is how much is measured.
 type logsOptions struct {
-	bin string
+	bin, dir string
 	// idle is how many logs are followed that nothing is written to.
 	idle int
 	// followers follow one instance that writes so many lines a second.
@@ -61,31 +59,12 @@ type logsOptions struct {
 	profiles string
 }
 
-func defaultLogsOptions(bin string) logsOptions {
-	return logsOptions{bin: bin, idle: 5000, followers: 1000, rate: 100, seconds: 10, replay: 1 << 30, rounds: 5}
-}
-
-// logsMain measures logs alone.
-func logsMain(ctx context.Context, args []string) error {
-	o := defaultLogsOptions("bin")
-	flags := flag.NewFlagSet(logsCommand, flag.ContinueOnError)
-	flags.StringVar(&o.bin, "bin-dir", o.bin, "where aaserver is")
-	flags.IntVar(&o.idle, "idle", o.idle, "how many logs are followed that nothing is written to; 0 leaves that out")
-	flags.IntVar(&o.followers, "followers", o.followers, "how many follow one instance; 0 leaves that out")
-	flags.IntVar(&o.rate, "rate", o.rate, "how many lines a second it writes")
-	flags.IntVar(&o.seconds, "seconds", o.seconds, "how long that is measured")
-	flags.Int64Var(&o.replay, "replay", o.replay, "the size in bytes of the log that is read; 0 leaves that out")
-	flags.IntVar(&o.rounds, "rounds", o.rounds, "how often it is read")
-	flags.StringVar(&o.profiles, "profiles", "", "a directory for profiles of the server: of what idle logs occupy, and of its CPU")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	if o.profiles != "" {
-		if err := os.MkdirAll(o.profiles, 0o755); err != nil {
-			return err
-		}
-	}
-	return benchLogs(ctx, o, os.Stdout)
+func (o *logsOptions) addFlags() {
+	flag.IntVar(&o.idle, "idle-logs", 5000, "how many logs are followed that nothing is written to; 0 leaves that out")
+	flag.IntVar(&o.followers, "log-followers", 1000, "how many follow one instance; 0 leaves that out")
+	flag.IntVar(&o.rate, "log-rate", 100, "how many lines a second it writes")
+	flag.IntVar(&o.seconds, "log-seconds", 10, "how long that is measured")
+	flag.Int64Var(&o.replay, "log-size", 1<<30, "the size in bytes of the log that is read; 0 leaves that out")
 }
 
 // logsServer is a standalone server, which is measured as a process.
@@ -97,10 +76,17 @@ type logsServer struct {
 	self string
 }
 
-// benchLogs measures logs with a server of its own: what those cost that are
+// measureLogs measures logs with a server of its own: what those cost that are
 // followed while nothing happens, what a line costs that many follow, and how
 // fast a large log is read.
-func benchLogs(ctx context.Context, o logsOptions, out io.Writer) error {
+func measureLogs(ctx context.Context, options options, dir string, out io.Writer) error {
+	o := options.logs
+	o.bin, o.rounds, o.profiles, o.dir = options.bin, options.rounds, options.profiles, dir
+	if o.profiles != "" {
+		if err := os.MkdirAll(o.profiles, 0o755); err != nil {
+			return err
+		}
+	}
 	if o.idle > 0 {
 		fmt.Fprintf(out, "### Idle followed logs, kB each on the server, %d of them\n\n", o.idle)
 		fmt.Fprintf(out, "| transport | heap | stacks | resident |\n|---|---:|---:|---:|\n")
@@ -135,7 +121,7 @@ func benchLogs(ctx context.Context, o logsOptions, out io.Writer) error {
 
 // start starts a standalone server with files of logs that are large enough.
 func (o logsOptions) start(ctx context.Context) (s *logsServer, err error) {
-	dir, err := os.MkdirTemp("", "bench-logs-")
+	dir, err := os.MkdirTemp(o.dir, "logs-")
 	if err != nil {
 		return nil, err
 	}
@@ -230,10 +216,10 @@ func (s *logsServer) get(ctx context.Context, client *http.Client, path string) 
 }
 
 func logPath(target, query string) string {
-	return targetPath(target) + "/log?" + query
+	return logTargetPath(target) + "/log?" + query
 }
 
-func targetPath(target string) string {
+func logTargetPath(target string) string {
 	return "/apis/" + v1.SchemeGroupVersion.String() + "/namespaces/default/targets/" + target
 }
 
@@ -251,7 +237,7 @@ func (s *logsServer) run(ctx context.Context, name string, command ...string) er
 	}
 	client := s.client(false)
 	defer client.CloseIdleConnections()
-	response, err := client.Post(s.base+strings.TrimSuffix(targetPath(name), "/"+name), "application/json", bytes.NewReader(body))
+	response, err := client.Post(s.base+strings.TrimSuffix(logTargetPath(name), "/"+name), "application/json", bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
@@ -262,7 +248,7 @@ func (s *logsServer) run(ctx context.Context, name string, command ...string) er
 	}
 	return s.wait(ctx, func(ctx context.Context) error {
 		var got v1.Target
-		body, err := s.get(ctx, client, targetPath(name))
+		body, err := s.get(ctx, client, logTargetPath(name))
 		if err != nil {
 			return err
 		}
@@ -455,7 +441,7 @@ func (o logsOptions) fanOut(ctx context.Context, out io.Writer, transport string
 		return err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	if err := s.run(ctx, "busy", s.self, produceCommand, strconv.Itoa(o.rate), "100"); err != nil {
+	if err := s.run(ctx, "busy", s.self, produceRole, strconv.Itoa(o.rate), "100"); err != nil {
 		return err
 	}
 	const streams = 100
@@ -586,7 +572,7 @@ func (o logsOptions) replayLog(ctx context.Context, out io.Writer) (err error) {
 	const line = 100
 	// Each line has a time before it in the file.
 	count := o.replay / int64(line+len("2006-01-02T15:04:05.000000000Z stdout F "))
-	if err := s.run(ctx, "large", s.self, produceCommand, "0", strconv.Itoa(line), strconv.FormatInt(count, 10)); err != nil {
+	if err := s.run(ctx, "large", s.self, produceRole, "0", strconv.Itoa(line), strconv.FormatInt(count, 10)); err != nil {
 		return err
 	}
 	logs := filepath.Join(s.dir, "data", "logs")
@@ -623,7 +609,7 @@ func (o logsOptions) replayLog(ctx context.Context, out io.Writer) (err error) {
 		return err
 	}
 	bare, err := startProcess("the bare server", filepath.Join(s.dir, "bare.log"), syscall.SIGKILL,
-		s.self, serveFilesCommand, "127.0.0.1:"+strconv.Itoa(port), certFile, keyFile, logs)
+		s.self, serveFilesRole, "127.0.0.1:"+strconv.Itoa(port), certFile, keyFile, logs)
 	if err != nil {
 		return err
 	}
@@ -741,7 +727,7 @@ const endOfLines = "end"
 // produceLines is what runs in a target.
 func produceLines(args []string) error {
 	if len(args) < 2 {
-		return fmt.Errorf("usage: %s RATE BYTES [COUNT]", produceCommand)
+		return fmt.Errorf("usage: %s RATE BYTES [COUNT]", produceRole)
 	}
 	numbers := make([]int64, 3)
 	for i, arg := range args[:min(len(args), 3)] {
@@ -775,7 +761,7 @@ func produceLines(args []string) error {
 // serveFiles is the bare server.
 func serveFiles(args []string) error {
 	if len(args) != 4 {
-		return fmt.Errorf("usage: %s ADDRESS CERT KEY DIR", serveFilesCommand)
+		return fmt.Errorf("usage: %s ADDRESS CERT KEY DIR", serveFilesRole)
 	}
 	server := &http.Server{Addr: args[0], Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		files, err := logFiles(args[3])

@@ -63,15 +63,6 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	// Who signals again doesn't want to wait: the kernel ends what is left.
 	context.AfterFunc(ctx, stop)
-	if len(os.Args) > 1 {
-		if run := programs[os.Args[1]]; run != nil {
-			if err := run(ctx, os.Args[2:]); err != nil {
-				fmt.Fprintln(os.Stderr, "bench:", err)
-				os.Exit(1)
-			}
-			return
-		}
-	}
 	var o options
 	flag.StringVar(&o.bin, "bin-dir", "bin", "where the programs are: aaserver, bench-sample-apiserver and controlplane/")
 	flag.IntVar(&o.rounds, "rounds", 5, "how many rounds are measured")
@@ -80,6 +71,7 @@ func main() {
 	flag.IntVar(&o.size.reads, "reads", 2000, "how many objects are got in a round")
 	flag.IntVar(&o.size.events, "events", 200, "how many updates the watchers see in a round")
 	flag.StringVar(&o.profiles, "profiles", "", "a directory for a CPU profile of each operation of each server, taken after the rounds, and heap profiles")
+	o.logs.addFlags()
 	flag.DurationVar(&o.soak, "soak", 10*time.Minute, "how long the part soak uses the server")
 	flag.Parse()
 	if err := o.run(ctx, os.Stdout); err != nil {
@@ -91,20 +83,13 @@ func main() {
 	}
 }
 
-// programs are what this one is when its first argument says so: what is run in
-// a target, beside a server, or measured alone.
-var programs = map[string]func(ctx context.Context, args []string) error{
-	produceCommand:    func(_ context.Context, args []string) error { return produceLines(args) },
-	serveFilesCommand: func(_ context.Context, args []string) error { return serveFiles(args) },
-	logsCommand:       func(ctx context.Context, args []string) error { return logsMain(ctx, args) },
-}
-
 type options struct {
 	bin             string
 	rounds, objects int
 	size            sizes
 	profiles        string
 	soak            time.Duration
+	logs            logsOptions
 }
 
 // soakPart is measured only if it is named.
@@ -123,6 +108,7 @@ var parts = []part{
 	{"exec", measureExec},
 	{"idle", measureIdle},
 	{"latency", measureLatency},
+	{"logs", measureLogs},
 	{soakPart, measureSoak},
 }
 

@@ -30,6 +30,8 @@ var roles = map[string]func(args []string) error{
 	"role-client-go": runClientGo,
 	"role-exec":      runExecServer,
 	"role-upstream":  runUpstream,
+	produceRole:      produceLines,
+	serveFilesRole:   serveFiles,
 }
 
 // A client of the backend says what it wants by one byte and a length in eight
