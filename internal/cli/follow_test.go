@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,6 +24,7 @@ import (
 	"k8s.io/utils/ptr"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
+	"aaserver.io/aaserver/streaming"
 )
 
 // network is a way to the server that can be cut.
@@ -505,4 +507,33 @@ func TestLogAloneMayBeFollowed(t *testing.T) {
 	if code := cmd.wait(); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
+}
+
+// A server that says why it ends a log may do so in the middle of a line.
+func TestFollowGoesOnAfterAnEndingInTheMiddleOfALine(t *testing.T) {
+	noLeaks(t)
+	server := newTestServer(t, instances(process("web"), map[string]int{"web-0": 0}))
+	var served atomic.Int32
+	server.log = func(w http.ResponseWriter, r *http.Request, _ string) {
+		first := served.Add(1) == 1
+		_ = streaming.ServeLog(w, r, true, streaming.Options{}, func(ctx context.Context, out io.Writer) error {
+			if first {
+				io.WriteString(out, at(1, "one")+"\n"+at(2, "tw"))
+				return apierrors.NewServiceUnavailable("the server is shutting down")
+			}
+			io.WriteString(out, at(2, "two")+"\n"+at(3, "three")+"\n")
+			<-ctx.Done()
+			return ctx.Err()
+		})
+	}
+	cmd := server.start(nil, "logs", "-f", "web")
+	until(t, "the last line", func() bool { return strings.HasSuffix(cmd.out.String(), "three\n") })
+	if diff := cmp.Diff("one\ntwo\nthree\n", cmd.out.String()); diff != "" {
+		t.Errorf("stdout (-want +got):\n%s", diff)
+	}
+	if want := "the server is shutting down"; !strings.Contains(cmd.errOut.String(), want) {
+		t.Errorf("stderr %q, want %q in it", cmd.errOut.String(), want)
+	}
+	cmd.cancel(terminated{syscall.SIGINT})
+	cmd.wait()
 }

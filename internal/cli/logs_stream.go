@@ -120,20 +120,39 @@ func (c *logClient) stream(ctx context.Context, target string, query *v1.TargetL
 		return err
 	}
 	defer body.Close()
-	_, announced := resp.Trailer[endTrailer]
-	err = read(resp, body)
+	err = read(resp, &endingReader{body, resp})
 	var output *outputError
+	var broken *brokenLog
 	switch {
 	case errors.As(err, &output):
 		return err
 	case context.Cause(ctx) == errUnheard:
 		return &brokenLog{err: errUnheard}
+	case errors.As(err, &broken):
+		return broken
 	case err != nil:
 		return &brokenLog{err: err}
-	case announced:
-		return ending(resp.Trailer.Get(endTrailer))
 	}
 	return nil
+}
+
+// endingReader reads the body of a log. Its end is an error if the trailer
+// doesn't say that the log has ended: the last line may be a part of one then, as
+// where a body breaks off.
+type endingReader struct {
+	io.Reader
+	resp *http.Response
+}
+
+func (r *endingReader) Read(p []byte) (int, error) {
+	_, announced := r.resp.Trailer[endTrailer]
+	n, err := r.Reader.Read(p)
+	if err == io.EOF && announced {
+		if ended := ending(r.resp.Trailer.Get(endTrailer)); ended != nil {
+			err = ended
+		}
+	}
+	return n, err
 }
 
 // ending returns what the trailer of a log says.

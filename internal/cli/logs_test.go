@@ -635,6 +635,8 @@ func (l *logs) serve(w http.ResponseWriter, r *http.Request, _ string) {
 		}
 		log.mu.Unlock()
 	}
+	// Where it breaks it is a connection that does, which tells nothing.
+	r.Header.Del(endTrailer)
 	_ = streaming.ServeLog(w, r, true, streaming.Options{}, func(ctx context.Context, out io.Writer) error {
 		out.(http.Flusher).Flush()
 		for {
