@@ -263,7 +263,7 @@ func (s *logsServer) run(ctx context.Context, name string, command ...string) er
 }
 
 // idleLogs returns what a followed log occupies on the server.
-func (o logsOptions) idleLogs(ctx context.Context, transport string) (each occupied, err error) {
+func (o logsOptions) idleLogs(ctx context.Context, transport string) (each logMemory, err error) {
 	s, err := o.start(ctx)
 	if err != nil {
 		return each, err
@@ -305,7 +305,7 @@ func (o logsOptions) idleLogs(ctx context.Context, transport string) (each occup
 		}
 	}
 	n := float64(o.idle)
-	return occupied{
+	return logMemory{
 		heap:     (after.heap - before.heap) / n,
 		stacks:   (after.stacks - before.stacks) / n,
 		resident: (after.resident - before.resident) / n,
@@ -381,15 +381,15 @@ func (s *logsServer) follow(ctx context.Context, transport string, n int) (leave
 	return leave, err
 }
 
-// occupied is memory of a server, in bytes: Go's heap in use, the stacks of its
+// logMemory is memory of a server, in bytes: Go's heap in use, the stacks of its
 // goroutines, and what the process has in the machine's memory.
-type occupied struct{ heap, stacks, resident float64 }
+type logMemory struct{ heap, stacks, resident float64 }
 
 // settled waits until the heap stays as it is.
-func (s *logsServer) settled(ctx context.Context) (occupied, error) {
+func (s *logsServer) settled(ctx context.Context) (logMemory, error) {
 	client := s.client(false)
 	defer client.CloseIdleConnections()
-	var now occupied
+	var now logMemory
 	stable := 0
 	err := s.wait(ctx, func(ctx context.Context) error {
 		// It collects garbage first; the second time shrinks stacks that the
@@ -420,7 +420,7 @@ func (s *logsServer) settled(ctx context.Context) (occupied, error) {
 			return err
 		}
 		before := now
-		now = occupied{heap, stacks, resident * 1024}
+		now = logMemory{heap, stacks, resident * 1024}
 		managed, last := now.heap+now.stacks, before.heap+before.stacks
 		if managed < last*0.995 || managed > last*1.005 {
 			stable = 0
