@@ -16,16 +16,13 @@ import (
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/driver/process/builtin"
 	"aaserver.io/aaserver/internal/driver/process/shim"
 )
 
 const (
 	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	defaultTerm = "xterm-256color"
-
-	// envInstance names the environment variable that tells an instance its
-	// own name.
-	envInstance = "AASERVER_INSTANCE"
 )
 
 // setting is what the processes of an instance have in common: its own and
@@ -60,7 +57,7 @@ func newSetting(instance driver.Instance) (*setting, error) {
 		{Name: "LOGNAME", Value: account.name},
 		{Name: "SHELL", Value: account.shell},
 		{Name: "LANG", Value: "C.UTF-8"},
-		{Name: envInstance, Value: instance.Name},
+		{Name: builtin.EnvInstance, Value: instance.Name},
 	}}
 	for _, p := range instance.Ports {
 		if p.HostPort != 0 {
@@ -105,6 +102,9 @@ func (s *setting) command(args []string, tty bool) (*shim.Command, error) {
 	if len(args) == 0 || args[0] == "" {
 		return nil, driver.Errorf(driver.Invalid, "the command is empty")
 	}
+	if tty && builtin.Is(args) {
+		return nil, driver.Errorf(driver.Invalid, "command %q can't have a terminal", args[0])
+	}
 	c := &shim.Command{Args: args, Dir: s.dir, TTY: tty, Credential: s.account.credential}
 	for _, e := range s.env {
 		c.Env = append(c.Env, e.Name+"="+e.Value)
@@ -122,6 +122,10 @@ func (s *setting) command(args []string, tty bool) (*shim.Command, error) {
 		if err := enterable(s.dir); err != nil {
 			return s.explain("working directory", s.dir, err)
 		}
+		if builtin.Is(args) {
+			c.Path = ownBinary
+			return s.explainOwn(args[0], executable(ownBinary))
+		}
 		c.Path, err = s.find(args[0], path)
 		return err
 	})
@@ -129,6 +133,21 @@ func (s *setting) command(args []string, tty bool) (*shim.Command, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// ownBinary leads to the binary that runs, for a shim as for the agent, even
+// where another user can't get by its path, or when it was replaced since.
+const ownBinary = "/proc/self/exe"
+
+// explainOwn says why a command that comes with the server can't be run.
+func (s *setting) explainOwn(name string, err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return driver.Errorf(driver.Invalid, "command %q: user %q may not execute the server's own binary: chmod a+x it", name, s.account.name)
+	}
+	if err != nil {
+		return s.explain("command", name, err)
+	}
+	return nil
 }
 
 // find looks a program up as execvp does. It runs as the program's user.
