@@ -1,4 +1,4 @@
-// Package cli is the kubectl plugin "kubectl target": logs, exec, attach and
+// Package cli is the kubectl plugin "kubectl target": logs, exec, attach, cp and
 // port-forward for targets, reading as kubectl's own commands do. Listing,
 // describing, changing and scaling targets is left to kubectl, which does it
 // for every resource.
@@ -95,10 +95,10 @@ func NewCommand(streams genericiooptions.IOStreams) *cobra.Command {
 	root := &cobra.Command{
 		Use:         "kubectl-target",
 		Annotations: map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl target"},
-		Short:       "Logs, exec, attach and port-forward for targets",
+		Short:       "Logs, exec, attach, cp and port-forward for targets",
 		Long: templates.LongDesc(`
-			kubectl target reads the logs of targets, runs commands in them, attaches to them
-			and forwards ports to them.
+			kubectl target reads the logs of targets, runs commands in them, attaches to them,
+			copies files to and from them and forwards ports to them.
 
 			Targets are listed, created, changed, scaled and deleted by kubectl itself, as in
 			'kubectl get targets'.`),
@@ -125,6 +125,7 @@ func NewCommand(streams genericiooptions.IOStreams) *cobra.Command {
 				newExecCommand(c),
 				newAttachCommand(c),
 				newPortForwardCommand(c),
+				newCpCommand(c),
 			},
 		},
 		{
