@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/remotecommand"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 	"k8s.io/kubectl/pkg/util/templates"
@@ -41,8 +42,11 @@ type cpOptions struct {
 	quiet      bool
 	progress   bool
 	retries    int
-	// run replaces the way to the server in tests.
+
 	run runFunc
+	// pick returns the instance that is used if none is named, "" if that can't
+	// be known.
+	pick func(context.Context) string
 }
 
 func newCpCommand(c *client) *cobra.Command {
@@ -159,18 +163,17 @@ func parseCopyRef(arg, instance string) (namespace string, r ref, err error) {
 }
 
 func (o *cpOptions) copy(ctx context.Context, c *client) error {
-	if o.run == nil {
-		conn, err := c.connect()
-		if err != nil {
-			return err
-		}
-		if o.namespace != "" {
-			conn.namespace = o.namespace
-		}
-		o.run = conn.runner(o.target)
+	conn, err := c.connect()
+	if err != nil {
+		return err
 	}
+	if o.namespace != "" {
+		conn.namespace = o.namespace
+	}
+	o.run = conn.runner(o.target)
+	o.pick = func(ctx context.Context) string { return conn.firstReady(ctx, o.target) }
 	show := newCopyDisplay(c.ErrOut, o)
-	err := o.copyAll(ctx, show)
+	err = o.copyAll(ctx, show)
 	show.close(err == nil)
 	if err != nil {
 		return interrupted(ctx, err)
@@ -291,7 +294,8 @@ func (o *cpOptions) duplex(ctx context.Context, command []string, talk func(ctx 
 	if !streamEnded(err) || runErr == nil || errors.Is(runErr, errTalkOver) {
 		return err
 	}
-	if text := stderr.String(); text != "" {
+	exit := utilexec.ExitError(nil)
+	if text := stderr.String(); text != "" && errors.As(runErr, &exit) {
 		return fmt.Errorf("%w: %s", runErr, printable(text))
 	}
 	return runErr
@@ -314,6 +318,21 @@ func (c *connection) runner(target string) runFunc {
 		}
 		return c.stream(ctx, term.TTY{}, target, r.URL(), remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Stderr: stderr})
 	}
+}
+
+// firstReady returns the first instance of a target that is ready. Who may exec
+// need not be allowed to see the target.
+func (c *connection) firstReady(ctx context.Context, name string) string {
+	target, err := c.clientset.StreamingV1().Targets(c.namespace).Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return ""
+	}
+	for _, instance := range target.Status.Instances {
+		if instance.Ready {
+			return instance.Name
+		}
+	}
+	return ""
 }
 
 // unknownCommand says whether an exec failed because the target has no such

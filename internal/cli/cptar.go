@@ -27,6 +27,10 @@ import (
 // it was; everything else begins anew.
 func (o *cpOptions) copyByTar(ctx context.Context, show *copyDisplay) error {
 	t := &tarCopy{cpOptions: o, show: show}
+	// All programs have to see the same files.
+	if o.instance == "" {
+		o.instance = o.pick(ctx)
+	}
 	failed := 0
 	for best := int64(-1); ; {
 		t.progress, t.failed, t.sums = show.begin(), 0, nil
