@@ -199,7 +199,10 @@ func (r *receiver) label(dir *receivedDir, name string) string {
 	if dir == nil {
 		return r.dest.label(".")
 	}
-	return r.dest.label(path.Join(dir.path, name))
+	if dir.path == "." {
+		return name
+	}
+	return dir.path + "/" + name // a name may be one that isn't valid
 }
 
 func (r *receiver) failure(dir *receivedDir, name string, err error) error {
@@ -325,11 +328,11 @@ func (r *receiver) announced(ctx context.Context, p decoder) error {
 	}
 	var f *file
 	switch {
+	case dir != nil && dir.failed:
+		return r.write(frameSkip, new(encoder).number(number).b)
 	case err != nil:
 	case dir == nil:
 		f, err = r.dest.look(ctx, r.dest.at, r.dest.name, mode, mtime, size, true)
-	case dir.failed:
-		return r.write(frameSkip, new(encoder).number(number).b)
 	default:
 		f, err = r.dest.look(ctx, dir.dir, name, mode, mtime, size, r.resuming < maxResuming)
 	}
@@ -435,6 +438,7 @@ func (r *receiver) end(p decoder) error {
 		return nil
 	}
 	if f.size > 0 && f.received != f.size {
+		r.dest.drop(f.file)
 		return errBroken("less contents than were announced")
 	}
 	if string(f.sum.Sum(nil)) != sum {
