@@ -32,7 +32,6 @@ type copyDisplay struct {
 	out      io.Writer
 	terminal bool
 	quiet    bool
-	what     string
 	// failed is how many entries failed in the attempt that came to an end.
 	failed int64
 

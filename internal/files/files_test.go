@@ -76,10 +76,9 @@ func (e wireEnd) Write(p []byte) (int, error) {
 
 // outcome is how both ends of a copy ended.
 type outcome struct {
-	sent, received       Result
-	sendErr, receiveErr  error
-	problems             []string
-	sendOpts, receiveOpt Options
+	sent, received      Result
+	sendErr, receiveErr error
+	problems            []string
 }
 
 // transfer copies with a connection that breaks after so many bytes.
