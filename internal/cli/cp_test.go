@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -255,7 +256,7 @@ func listing(t *testing.T, dir string) map[string]string {
 			if err != nil {
 				return err
 			}
-			all[name] = fmt.Sprintf("%v %d %x", info.Mode(), info.ModTime().Unix(), sha256.Sum256(b))
+			all[name] = fmt.Sprintf("%v %d %x", info.Mode(), info.ModTime().Unix(), sha256.Sum256(b)) // tar has whole seconds
 		}
 		return nil
 	})
@@ -434,6 +435,29 @@ func TestCopiesThatFail(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestAnInterruptedCopyEndsWithTheSignalsCode(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "f"), make([]byte, 1<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	server := newTestServer(t, process("web"))
+	started, ended := make(chan struct{}), make(chan struct{})
+	var seen v1.TargetExecOptions
+	server.serveExec(&seen, func(ctx context.Context, _ streaming.Stdio) error {
+		close(started)
+		defer close(ended)
+		<-ctx.Done()
+		return context.Cause(ctx)
+	})
+	cmd := server.start(nil, "cp", dir+"/f", "web:/f")
+	<-started
+	cmd.cancel(terminated{syscall.SIGINT})
+	if code := cmd.wait(); code != 130 || cmd.errOut.String() != "" {
+		t.Errorf("exit code %d, want 130; stderr %q", code, cmd.errOut)
+	}
+	<-ended
 }
 
 // A target that sends what would be written outside of the copy is refused.

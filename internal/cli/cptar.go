@@ -306,6 +306,7 @@ func (t *tarCopy) header(w *tar.Writer, info fs.FileInfo, name, link string) err
 	header.Name = name
 	header.Uid, header.Gid, header.Uname, header.Gname = 0, 0, "", ""
 	header.AccessTime, header.ChangeTime = time.Time{}, time.Time{}
+	header.Format = tar.FormatPAX // others have whole seconds only
 	if !t.attributes.SetID {
 		header.Mode &= 0o777
 	}
