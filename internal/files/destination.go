@@ -350,22 +350,27 @@ func (d *destination) create(ctx context.Context, root *os.Root, f *file) error 
 	if d.attributes.Plain {
 		perm = f.mode.Perm()
 	}
+	partial := partialOf(f.name)
 	for {
-		created, err := root.OpenFile(partialOf(f.name), os.O_RDWR|os.O_CREATE|os.O_EXCL, perm)
+		created, err := root.OpenFile(partial, os.O_RDWR|os.O_CREATE|os.O_EXCL, perm)
 		if errors.Is(err, fs.ErrExist) {
-			if created, err = d.openPartial(ctx, root, f.name); err == nil && created == nil {
-				continue
-			}
-			if err == nil {
-				err = created.Truncate(0)
-			}
+			created, err = d.openPartial(ctx, root, f.name)
 		} else if err == nil {
-			_, err = lock(created)
+			// Another may have found it first.
+			var mine bool
+			if mine, err = d.claim(ctx, root, created, partial); err != nil || !mine {
+				created.Close()
+				created = nil
+			}
 		}
 		if err != nil {
-			if created != nil {
-				created.Close()
-			}
+			return err
+		}
+		if created == nil {
+			continue
+		}
+		if err := created.Truncate(0); err != nil {
+			created.Close()
 			return err
 		}
 		f.f = created
@@ -398,23 +403,28 @@ func (d *destination) openPartial(ctx context.Context, root *os.Root, name strin
 	if err != nil {
 		return nil, err
 	}
-	if err := d.take(ctx, f); err != nil {
+	if mine, err := d.claim(ctx, root, f, partial); err != nil || !mine {
 		f.Close()
-		return nil, err
-	}
-	// Whoever had it may have finished it meanwhile.
-	mine, err := f.Stat()
-	if err == nil {
-		info, err = root.Lstat(partial)
-	}
-	if err != nil || !os.SameFile(mine, info) {
-		f.Close()
-		if errors.Is(err, fs.ErrNotExist) {
-			err = nil
-		}
 		return nil, err
 	}
 	return f, nil
+}
+
+// claim takes a partial copy for this process. It is of no use if whoever had it
+// before has finished it meanwhile: then it is a file by another name.
+func (d *destination) claim(ctx context.Context, root *os.Root, f *os.File, partial string) (mine bool, err error) {
+	if err := d.take(ctx, f); err != nil {
+		return false, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return false, err
+	}
+	named, err := root.Lstat(partial)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil && os.SameFile(info, named), err
 }
 
 // take waits until no other process has a partial copy.
@@ -454,16 +464,30 @@ func (d *destination) finish(f *file) (lesser, err error) {
 		lesser = f.f.Chmod(mode)
 	}
 	partial := partialOf(f.name)
-	if err := f.f.Close(); err != nil {
-		return nil, err
-	}
+	written := f.f
 	f.f = nil
+	if !renamesOpen {
+		if err := written.Close(); err != nil {
+			return nil, err
+		}
+	}
 	if !d.attributes.Plain {
 		lesser = errors.Join(lesser, root.Chtimes(partial, time.Time{}, f.mtime))
 	}
+	// It is this process's until it has its name.
 	if err := root.Rename(partial, f.name); err != nil {
 		_ = root.Remove(partial)
+		if renamesOpen {
+			written.Close()
+		}
 		return nil, err
+	}
+	if renamesOpen {
+		// Network file systems may tell only now that they couldn't write.
+		if err := written.Close(); err != nil {
+			_ = root.Remove(f.name)
+			return nil, err
+		}
 	}
 	return lesser, nil
 }
@@ -473,11 +497,14 @@ func (d *destination) drop(f *file) {
 	if f.f == nil {
 		return
 	}
-	f.f.Close()
-	f.f = nil
+	if !renamesOpen {
+		f.f.Close()
+	}
 	if root, err := d.open(f.dir); err == nil {
 		_ = root.Remove(partialOf(f.name))
 	}
+	f.f.Close()
+	f.f = nil
 }
 
 // abandon closes a file that isn't complete, and keeps it if it is worth it.

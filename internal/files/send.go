@@ -134,7 +134,14 @@ func (s *source) label(entry string) string {
 func (s *sender) run(ctx context.Context, in io.ReadCloser) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	var others sync.WaitGroup
-	defer others.Wait()
+	defer func() {
+		others.Wait()
+		// Whoever walks isn't to find its directory closed, and report that.
+		s.parent.close()
+		if s.source != nil {
+			s.source.root.Close()
+		}
+	}()
 	defer in.Close()
 	defer cancel(nil)
 	stop := context.AfterFunc(ctx, func() { in.Close() })
@@ -145,8 +152,6 @@ func (s *sender) run(ctx context.Context, in io.ReadCloser) error {
 	if err != nil {
 		return s.ended(ctx, err)
 	}
-	defer s.source.root.Close()
-	defer s.parent.close()
 	others.Go(func() {
 		defer close(s.queue)
 		if err := s.walk(ctx); err != nil && !errors.Is(err, errComplete) {

@@ -17,6 +17,9 @@ const errQuota = syscall.EDQUOT
 // has taken a file's place.
 const openFlags = syscall.O_NONBLOCK
 
+// renamesOpen says whether a file that is open can be renamed and removed.
+const renamesOpen = true
+
 // lock takes a file for this process, unless another has it.
 func lock(f *os.File) (bool, error) {
 	for {
