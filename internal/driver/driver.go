@@ -109,13 +109,22 @@ type Attacher interface {
 	// asked for. Run delivers what the instance writes from then on, until the
 	// instance ends: then it returns as for a command, with the instance's
 	// exit code. That the client leaves, or its stdin ends, leaves the
-	// instance and its stdin as they are.
+	// instance and its stdin as they are, unless CloseStdin says otherwise.
 	Attach(ctx context.Context, opts AttachOptions) (Run, error)
 }
 
 // AttachOptions says what the client wants to join.
 type AttachOptions struct {
 	Stdin, TTY bool
+	// Replay delivers the last lines that the instance has written first, so
+	// many, as far as the driver keeps them: one may keep none. What begins in
+	// the middle of a line, because the line's beginning isn't kept any more,
+	// isn't delivered if a whole line follows. Nothing is lost or delivered
+	// twice between that and what the instance writes from then on.
+	Replay int64
+	// CloseStdin has the end of the client's stdin end the instance's, for all
+	// clients. A terminal's has no end.
+	CloseStdin bool
 }
 
 // Logger reads an instance's log.

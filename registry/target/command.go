@@ -94,7 +94,9 @@ func (r *AttachREST) Connect(ctx context.Context, name string, options runtime.O
 			if err != nil {
 				return nil, err
 			}
-			return attacher.Attach(ctx, driver.AttachOptions{Stdin: opts.Stdin, TTY: opts.TTY})
+			return attacher.Attach(ctx, driver.AttachOptions{
+				Stdin: opts.Stdin, TTY: opts.TTY, Replay: opts.Replay, CloseStdin: opts.CloseStdin,
+			})
 		})
 }
 

@@ -1243,6 +1243,20 @@ func schema_aaserver_apis_streaming_v1_TargetAttachOptions(ref common.ReferenceC
 							Format:      "",
 						},
 					},
+					"replay": {
+						SchemaProps: spec.SchemaProps{
+							Description: "replay sends the last lines of what the instance has written first, so many, as far as they are kept: 64 KiB are of a process, none of other sources. No byte is lost or sent twice between them and what follows. 0, the default, sends none.",
+							Type:        []string{"integer"},
+							Format:      "int64",
+						},
+					},
+					"closeStdin": {
+						SchemaProps: spec.SchemaProps{
+							Description: "closeStdin hands the end of the client's standard input on to the instance, whose own ends then, for every client and for good. It needs stdin. A terminal's input has no end.",
+							Type:        []string{"boolean"},
+							Format:      "",
+						},
+					},
 				},
 			},
 		},

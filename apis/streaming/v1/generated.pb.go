@@ -1161,6 +1161,17 @@ func (m *TargetAttachOptions) MarshalToSizedBuffer(dAtA []byte) (int, error) {
 	var l int
 	_ = l
 	i--
+	if m.CloseStdin {
+		dAtA[i] = 1
+	} else {
+		dAtA[i] = 0
+	}
+	i--
+	dAtA[i] = 0x38
+	i = encodeVarintGenerated(dAtA, i, uint64(m.Replay))
+	i--
+	dAtA[i] = 0x30
+	i--
 	if m.TTY {
 		dAtA[i] = 1
 	} else {
@@ -2264,6 +2275,8 @@ func (m *TargetAttachOptions) Size() (n int) {
 	n += 2
 	n += 2
 	n += 2
+	n += 1 + sovGenerated(uint64(m.Replay))
+	n += 2
 	return n
 }
 
@@ -2820,6 +2833,8 @@ func (this *TargetAttachOptions) String() string {
 		`Stdout:` + fmt.Sprintf("%v", this.Stdout) + `,`,
 		`Stderr:` + fmt.Sprintf("%v", this.Stderr) + `,`,
 		`TTY:` + fmt.Sprintf("%v", this.TTY) + `,`,
+		`Replay:` + fmt.Sprintf("%v", this.Replay) + `,`,
+		`CloseStdin:` + fmt.Sprintf("%v", this.CloseStdin) + `,`,
 		`}`,
 	}, "")
 	return s
@@ -6349,6 +6364,45 @@ func (m *TargetAttachOptions) Unmarshal(dAtA []byte) error {
 				}
 			}
 			m.TTY = bool(v != 0)
+		case 6:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Replay", wireType)
+			}
+			m.Replay = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return ErrIntOverflowGenerated
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Replay |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 7:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field CloseStdin", wireType)
+			}
+			var v int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return ErrIntOverflowGenerated
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				v |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			m.CloseStdin = bool(v != 0)
 		default:
 			iNdEx = preIndex
 			skippy, err := skipGenerated(dAtA[iNdEx:])

@@ -166,6 +166,19 @@ type TargetAttachOptions struct {
 	// tty says that the client is a terminal. The instance must have one too.
 	// +optional
 	TTY bool `json:"tty,omitempty" protobuf:"varint,5,opt,name=tty"`
+
+	// replay sends the last lines of what the instance has written first, so
+	// many, as far as they are kept: 64 KiB are of a process, none of other
+	// sources. No byte is lost or sent twice between them and what follows. 0,
+	// the default, sends none.
+	// +optional
+	Replay int64 `json:"replay,omitempty" protobuf:"varint,6,opt,name=replay"`
+
+	// closeStdin hands the end of the client's standard input on to the
+	// instance, whose own ends then, for every client and for good. It needs
+	// stdin. A terminal's input has no end.
+	// +optional
+	CloseStdin bool `json:"closeStdin,omitempty" protobuf:"varint,7,opt,name=closeStdin"`
 }
 
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object

@@ -813,6 +813,20 @@ func autoConvert_url_Values_To_v1_TargetAttachOptions(in *url.Values, out *Targe
 	} else {
 		out.TTY = false
 	}
+	if values, ok := map[string][]string(*in)["replay"]; ok && len(values) > 0 {
+		if err := runtime.Convert_Slice_string_To_int64(&values, &out.Replay, s); err != nil {
+			return err
+		}
+	} else {
+		out.Replay = 0
+	}
+	if values, ok := map[string][]string(*in)["closeStdin"]; ok && len(values) > 0 {
+		if err := runtime.Convert_Slice_string_To_bool(&values, &out.CloseStdin, s); err != nil {
+			return err
+		}
+	} else {
+		out.CloseStdin = false
+	}
 	return nil
 }
 

@@ -90,6 +90,12 @@ func ValidateTargetExecOptions(options *v1.TargetExecOptions) field.ErrorList {
 // defaulting.
 func ValidateTargetAttachOptions(options *v1.TargetAttachOptions) field.ErrorList {
 	errs := validateInstance(options.Instance)
+	if options.Replay < 0 {
+		errs = append(errs, field.Invalid(field.NewPath("replay"), options.Replay, content.MinError(0)))
+	}
+	if options.CloseStdin && !options.Stdin {
+		errs = append(errs, field.Required(field.NewPath("stdin"), "must be set with `closeStdin`"))
+	}
 	return append(errs, validateStreams(options.Stdin, options.Stdout, options.Stderr, options.TTY)...)
 }
 

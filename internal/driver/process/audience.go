@@ -1,8 +1,10 @@
 package process
 
 import (
+	"bytes"
 	"context"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,13 +21,102 @@ const (
 	memberPatience = 2 * time.Second
 	// chunkSize is how much is delivered at once, about.
 	chunkSize = 64 << 10
+	// replayBuffer is how much of an instance's last output is kept for those
+	// who attach later, at least. It is kept in blocks, and takes no memory
+	// before there is output.
+	replayBuffer = 64 << 10
+	replayBlock  = 8 << 10
+	// maxReplayBlocks bounds what is kept of output that changes between stdout
+	// and stderr with each few bytes: a block has one stream.
+	maxReplayBlocks = 512
 )
 
 // audience is the clients that are attached to an instance.
 type audience struct {
 	mu      sync.Mutex // protects what follows
 	members map[*member]struct{}
+	last    recent
 	closed  bool
+}
+
+// recent is the last that an instance has written.
+type recent struct {
+	blocks []chunk
+	size   int // of blocks, in bytes
+	// cut says that the first block doesn't begin where a line does.
+	cut bool
+}
+
+// add appends data, and forgets what is more than there is to be kept.
+func (r *recent) add(stream v1.LogStream, data []byte) {
+	over := max(len(data)-replayBuffer, 0)
+	afresh := over > 0 // not all of it follows what is there
+	cut := afresh && data[over-1] != '\n'
+	data = data[over:]
+	for len(data) > 0 {
+		last := len(r.blocks) - 1
+		if afresh || last < 0 || r.blocks[last].stream != stream || len(r.blocks[last].data) == replayBlock {
+			var spare []byte
+			if last >= 0 && (r.size-len(r.blocks[0].data) >= replayBuffer || len(r.blocks) == maxReplayBlocks) {
+				spare = r.drop()[:0]
+			}
+			r.blocks = append(r.blocks, chunk{stream, spare})
+			last, afresh = len(r.blocks)-1, false
+		}
+		block := &r.blocks[last]
+		n := min(len(data), replayBlock-len(block.data))
+		block.data = append(block.data, data[:n]...)
+		r.size += n
+		data = data[n:]
+	}
+	if over > 0 {
+		for r.size > replayBuffer {
+			r.drop()
+		}
+		r.cut = cut
+	}
+}
+
+// drop forgets the first block, and returns its memory.
+func (r *recent) drop() []byte {
+	data := r.blocks[0].data
+	r.size -= len(data)
+	r.cut = data[len(data)-1] != '\n'
+	r.blocks = slices.Delete(r.blocks, 0, 1)
+	return data
+}
+
+// lines returns copies of the last lines, so many; what comes after the last
+// newline is one. The first one is whole, unless no beginning is kept.
+func (r *recent) lines(n int64) []chunk {
+	if n <= 0 || len(r.blocks) == 0 {
+		return nil
+	}
+	block, at := 0, 0 // where to begin
+	last := len(r.blocks) - 1
+	for i := last; i >= 0 && n > 0; i-- {
+		data := r.blocks[i].data
+		if i == last {
+			data = bytes.TrimSuffix(data, []byte{'\n'})
+		}
+		for newline := 0; n > 0; n-- {
+			if newline = bytes.LastIndexByte(data, '\n'); newline < 0 {
+				break
+			}
+			block, at = i, newline+1
+			data = data[:newline]
+		}
+	}
+	if n > 0 && !r.cut {
+		block, at = 0, 0
+	}
+	var chunks []chunk
+	for ; block <= last; block, at = block+1, 0 {
+		if data := r.blocks[block].data[at:]; len(data) > 0 {
+			chunks = append(chunks, chunk{r.blocks[block].stream, bytes.Clone(data)})
+		}
+	}
+	return chunks
 }
 
 // member is one client's share of the output.
@@ -49,11 +140,16 @@ func newAudience() *audience {
 	return &audience{members: make(map[*member]struct{})}
 }
 
-// join lets a client have what is written from now on.
-func (a *audience) join() *member {
+// join lets a client have the last lines, so many, and what is written from now
+// on.
+func (a *audience) join(replay int64) *member {
 	m := &member{ready: make(chan struct{}, 1), room: make(chan struct{}, 1)}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	m.chunks = a.last.lines(replay)
+	for _, c := range m.chunks {
+		m.size += len(c.data)
+	}
 	if a.closed {
 		m.end(io.EOF)
 		return m
@@ -86,7 +182,10 @@ func (a *audience) write(stream v1.LogStream, data []byte) {
 	if len(data) == 0 {
 		return
 	}
+	// Who joins after this has data as part of the replay, and isn't among the
+	// members that get it now: no byte is lost or comes twice.
 	a.mu.Lock()
+	a.last.add(stream, data)
 	members := make([]*member, 0, len(a.members))
 	for m := range a.members {
 		members = append(members, m)

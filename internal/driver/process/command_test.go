@@ -439,7 +439,7 @@ func TestSlowClientHoldsOutputUpForABoundedTime(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				a := newAudience()
-				m := a.join()
+				m := a.join(0)
 				ctx, cancel := context.WithCancel(t.Context())
 				done := make(chan error, 1)
 				go func() {

@@ -205,12 +205,15 @@ func (c *conn) Attach(_ context.Context, opts driver.AttachOptions) (driver.Run,
 	if opts.TTY && !r.tty {
 		return nil, driver.Errorf(driver.Invalid, "instance %s has no terminal: set spec.process.tty, or attach without", c.id.Name)
 	}
-	return r.attach, nil
+	if opts.Stdin && r.stdin.closed() {
+		return nil, driver.Errorf(driver.Invalid, "the standard input of instance %s was ended by a client that had attached: attach without", c.id.Name)
+	}
+	return func(ctx context.Context, stdio driver.Stdio) error { return r.attach(ctx, opts, stdio) }, nil
 }
 
 // attach joins a client to the instance's streams.
-func (r *run) attach(ctx context.Context, stdio driver.Stdio) error {
-	m := r.audience.join()
+func (r *run) attach(ctx context.Context, opts driver.AttachOptions, stdio driver.Stdio) error {
+	m := r.audience.join(opts.Replay)
 	defer r.audience.leave(m)
 	inputCtx, cancel := context.WithCancel(ctx)
 	var input sync.WaitGroup
@@ -230,9 +233,11 @@ func (r *run) attach(ctx context.Context, stdio driver.Stdio) error {
 				}
 				return len(data), nil
 			})
-			// The end of the client's input, and its failure, leave the instance's
-			// as it is.
-			io.Copy(to, stdio.Stdin)
+			// The end of the client's input, unless it is to be handed on, and its
+			// failure leave the instance's as it is.
+			if _, err := io.Copy(to, stdio.Stdin); err == nil && opts.CloseStdin && !r.tty {
+				r.stdin.close(inputCtx)
+			}
 		})
 	}
 	if r.tty && stdio.Resize != nil {

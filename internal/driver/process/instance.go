@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -425,6 +426,7 @@ func (r *run) endExecs() {
 type input struct {
 	file *os.File
 	turn chan struct{} // held by the client that writes
+	done atomic.Bool   // a client has ended it
 }
 
 func newInput(file *os.File) *input {
@@ -454,3 +456,21 @@ func (in *input) write(ctx context.Context, data []byte) error {
 	}
 	return err
 }
+
+// close ends the input once what other clients write has been written, unless
+// ctx ends before that.
+func (in *input) close(ctx context.Context) {
+	if ctx.Err() != nil {
+		return // the end of a client's input is that of the client
+	}
+	select {
+	case in.turn <- struct{}{}:
+	case <-ctx.Done():
+		return
+	}
+	defer func() { <-in.turn }()
+	in.done.Store(true)
+	in.file.Close()
+}
+
+func (in *input) closed() bool { return in.done.Load() }
