@@ -62,8 +62,8 @@ func TestQueriesAreOptions(t *testing.T) {
 			want:  &v1.TargetExecOptions{Stdout: true, Stderr: true, Command: []string{"ls"}},
 		},
 		"every parameter of attach": {
-			query: "instance=web-0&stdin=true&stdout=true&stderr=true&tty=true",
-			want:  &v1.TargetAttachOptions{Instance: "web-0", Stdin: true, Stdout: true, Stderr: true, TTY: true},
+			query: "instance=web-0&stdin=true&stdout=true&stderr=true&tty=true&replay=24&closeStdin=true",
+			want:  &v1.TargetAttachOptions{Instance: "web-0", Stdin: true, Stdout: true, Stderr: true, TTY: true, Replay: 24, CloseStdin: true},
 		},
 		"an attach's output, unless streams are named": {
 			query: "tty=true",
@@ -139,7 +139,7 @@ func TestOptionsAreQueries(t *testing.T) {
 			Timestamps: true, TailLines: ptr.To[int64](0), LimitBytes: ptr.To[int64](1), Stream: v1.LogStreamStdout, AllInstances: true, Prefix: true,
 		},
 		"exec":        &v1.TargetExecOptions{Instance: "web-0", Stdin: true, Stdout: true, Stderr: true, TTY: true, Command: []string{"printf", "", "a b"}},
-		"attach":      &v1.TargetAttachOptions{Instance: "web-0", Stdin: true, Stdout: true, Stderr: true, TTY: true},
+		"attach":      &v1.TargetAttachOptions{Instance: "web-0", Stdin: true, Stdout: true, Stderr: true, TTY: true, Replay: 24, CloseStdin: true},
 		"portforward": &v1.TargetPortForwardOptions{Instance: "web-0", Ports: []int32{1, 65535}},
 	}
 	codec := runtime.NewParameterCodec(newScheme(t))

@@ -159,6 +159,32 @@ func TestValidateTargetStreams(t *testing.T) {
 	}
 }
 
+func TestValidateTargetAttachOptions(t *testing.T) {
+	cases := map[string]struct {
+		options v1.TargetAttachOptions
+		want    []string
+	}{
+		"a replay and the end of stdin": {
+			options: v1.TargetAttachOptions{Stdin: true, Stdout: true, Replay: math.MaxInt64, CloseStdin: true},
+		},
+		"no less than no lines are replayed": {
+			options: v1.TargetAttachOptions{Stdout: true, Replay: -1},
+			want:    []string{"replay: Invalid value: -1: must be greater than or equal to 0"},
+		},
+		"the end of a stdin that isn't there": {
+			options: v1.TargetAttachOptions{Stdout: true, CloseStdin: true},
+			want:    []string{"stdin: Required value: must be set with `closeStdin`"},
+		},
+	}
+	for name, tc := range cases {
+		t.Run(name, func(t *testing.T) {
+			if diff := cmp.Diff(tc.want, messages(ValidateTargetAttachOptions(&tc.options))); diff != "" {
+				t.Errorf("errors (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
 func TestValidateTargetExecCommand(t *testing.T) {
 	cases := map[string]struct {
 		command []string
@@ -240,7 +266,7 @@ func TestOptionsErrorsFitAnUpgradesAnswer(t *testing.T) {
 			TailLines: ptr.To[int64](math.MinInt64), LimitBytes: ptr.To[int64](math.MinInt64), Stream: v1.LogStream(long),
 		}).ToAggregate(),
 		"exec":        ValidateTargetExecOptions(&v1.TargetExecOptions{Instance: long, Stderr: true, TTY: true, Command: []string{"a", strings.Repeat("\x00", 256<<10)}}).ToAggregate(),
-		"attach":      ValidateTargetAttachOptions(&v1.TargetAttachOptions{Instance: long, Stderr: true, TTY: true}).ToAggregate(),
+		"attach":      ValidateTargetAttachOptions(&v1.TargetAttachOptions{Instance: long, Stderr: true, TTY: true, Replay: math.MinInt64, CloseStdin: true}).ToAggregate(),
 		"portforward": ValidateTargetPortForwardOptions(&v1.TargetPortForwardOptions{Instance: long, Ports: make([]int32, 128)}).ToAggregate(),
 	}
 	for name, err := range cases {

@@ -244,6 +244,56 @@ func testAttach(t *testing.T, h Harness) {
 		}
 	})
 
+	t.Run("a client may end the instance's stdin for all", func(t *testing.T) {
+		d, req := h.Instance(t, Instance{Stdin: true, Script: "cat; echo end; exit 3"})
+		a := open[driver.Attacher](t, d, req)
+		run, err := a.Attach(bounded(t), driver.AttachOptions{Stdin: true, CloseStdin: true})
+		if err != nil {
+			t.Fatalf("Attach: %v", err)
+		}
+		out := newOutput()
+		err = run(bounded(t), driver.Stdio{Stdin: closingReader{strings.NewReader("all\n")}, Stdout: out})
+		if code := exitCode(t, err); code != 3 {
+			t.Errorf("exit code %d, want 3", code)
+		}
+		if diff := cmp.Diff("all\nend\n", out.String()); diff != "" {
+			t.Errorf("output (-want +got):\n%s", diff)
+		}
+	})
+
+	t.Run("a client that comes later gets the last lines, if any are kept", func(t *testing.T) {
+		for _, tty := range []bool{false, true} {
+			newline := "\n"
+			if tty {
+				newline = "\r\n"
+			}
+			d, req := h.Instance(t, Instance{Stdin: true, TTY: tty, Script: "stty -echo 2>/dev/null; echo one; echo two; echo three; while read line; do echo \"<$line>\"; done"})
+			a := open[driver.Attacher](t, d, req)
+			attach := func(replay int64, write string) *output {
+				run, err := a.Attach(bounded(t), driver.AttachOptions{Stdin: true, TTY: tty, Replay: replay})
+				if err != nil {
+					t.Fatalf("Attach: %v", err)
+				}
+				r, w := io.Pipe()
+				out, done := newOutput(), make(chan error, 1)
+				ctx, cancel := context.WithCancel(bounded(t))
+				go func() { done <- run(ctx, driver.Stdio{Stdin: r, Stdout: out}) }()
+				io.WriteString(w, write+"\n")
+				out.wait(t, "<"+write+">"+newline)
+				cancel()
+				<-done
+				return out
+			}
+			attach(0, "first") // the lines before have been written when it is back
+			if kept := attach(2, "second").String(); kept != "<second>"+newline {
+				want := "three" + newline + "<first>" + newline + "<second>" + newline
+				if diff := cmp.Diff(want, kept); diff != "" {
+					t.Errorf("tty %t: output (-want +got):\n%s", tty, diff)
+				}
+			}
+		}
+	})
+
 	t.Run("a client that leaves doesn't end the instance", func(t *testing.T) {
 		d, req := h.Instance(t, Instance{Stdin: true, Script: "cat"})
 		a := open[driver.Attacher](t, d, req)

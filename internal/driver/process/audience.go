@@ -36,6 +36,7 @@ type audience struct {
 	mu      sync.Mutex // protects what follows
 	members map[*member]struct{}
 	last    recent
+	holders int // who may still want last after the end
 	closed  bool
 }
 
@@ -58,7 +59,11 @@ func (r *recent) add(stream v1.LogStream, data []byte) {
 		if afresh || last < 0 || r.blocks[last].stream != stream || len(r.blocks[last].data) == replayBlock {
 			var spare []byte
 			if last >= 0 && (r.size-len(r.blocks[0].data) >= replayBuffer || len(r.blocks) == maxReplayBlocks) {
-				spare = r.drop()[:0]
+				dropped := r.drop()
+				// With many small blocks, memory of a large one would be wasted.
+				if len(r.blocks) <= replayBuffer/replayBlock+1 {
+					spare = dropped[:0]
+				}
 			}
 			r.blocks = append(r.blocks, chunk{stream, spare})
 			last, afresh = len(r.blocks)-1, false
@@ -174,6 +179,32 @@ func (a *audience) close() {
 		m.end(io.EOF)
 	}
 	a.members = nil
+	a.forget()
+}
+
+// hold keeps the last output past the instance's end, for a client that is about
+// to join, until release. It returns false if the end was before.
+func (a *audience) hold() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !a.closed {
+		a.holders++
+	}
+	return !a.closed
+}
+
+func (a *audience) release() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.holders--
+	a.forget()
+}
+
+// forget lets go of what nobody can want any more. a.mu is held.
+func (a *audience) forget() {
+	if a.closed && a.holders == 0 {
+		a.last = recent{}
+	}
 }
 
 // write hands data to each client. A client that is far behind holds it up for

@@ -15,11 +15,14 @@ import (
 	"aaserver.io/aaserver/internal/driver/process/shim"
 )
 
-// conn implements driver.Conn. It holds nothing open by itself.
+// conn implements driver.Conn.
 type conn struct {
 	driver *Driver
 	req    driver.Request
 	id     driver.InstanceID
+
+	mu   sync.Mutex  // protects held
+	held []*audience // whose last output is kept for who is about to join
 }
 
 var (
@@ -52,7 +55,15 @@ func (d *Driver) Open(_ context.Context, req driver.Request) (driver.Conn, error
 }
 
 // Close implements driver.Conn.
-func (c *conn) Close() error { return nil }
+func (c *conn) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, a := range c.held {
+		a.release()
+	}
+	c.held = nil
+	return nil
+}
 
 // run returns the instance's run, or fails with NotRunning.
 func (c *conn) run() (*run, error) {
@@ -207,6 +218,15 @@ func (c *conn) Attach(_ context.Context, opts driver.AttachOptions) (driver.Run,
 	}
 	if opts.Stdin && r.stdin.closed() {
 		return nil, driver.Errorf(driver.Invalid, "the standard input of instance %s was ended by a client that had attached: attach without", c.id.Name)
+	}
+	if opts.Replay > 0 {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !r.audience.hold() {
+			_, err := c.run()
+			return nil, err
+		}
+		c.held = append(c.held, r.audience)
 	}
 	return func(ctx context.Context, stdio driver.Stdio) error { return r.attach(ctx, opts, stdio) }, nil
 }
