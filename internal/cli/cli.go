@@ -5,8 +5,9 @@
 //
 // A command talks to the API server alone, with the user's kubeconfig. Output
 // goes to the streams it is given, so that a command can be run in a test as in
-// a shell. Exit codes: exec's and attach's are those of the command; 128 plus
-// the signal's number after a signal; 1 for every error.
+// a shell. Exit codes: those of exec, attach and run are those of the command,
+// or 125 if the session ended before the command's exit code was known; 128 plus
+// the signal's number after a signal; 1 for every other error.
 package cli
 
 import (
@@ -79,7 +80,7 @@ func Execute(ctx context.Context, streams genericiooptions.IOStreams, args []str
 	cmd.SetArgs(args)
 	err := cmd.ExecuteContext(ctx)
 	var signalled terminated
-	if err != nil && errors.As(context.Cause(ctx), &signalled) {
+	if err != nil && (errors.As(context.Cause(ctx), &signalled) || errors.As(err, &signalled)) {
 		// Whatever failed failed because the user wanted it to end.
 		return 128 + int(signalled.signal)
 	}

@@ -52,6 +52,10 @@ func describe(err error) (message string, code int) {
 	if errors.As(err, &exit) {
 		return exit.Error(), exit.ExitStatus()
 	}
+	var broken *brokenError
+	if errors.As(err, &broken) {
+		return "error: " + broken.Error(), exitBroken
+	}
 	if clientcmd.IsConfigurationInvalid(err) {
 		return cmdutil.MultilineError("Error in configuration: ", err), 1
 	}

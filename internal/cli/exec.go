@@ -2,10 +2,8 @@ package cli
 
 import (
 	"context"
-	"errors"
 
 	"github.com/spf13/cobra"
-	"k8s.io/client-go/tools/remotecommand"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 	"k8s.io/kubectl/pkg/util/templates"
 
@@ -29,7 +27,14 @@ func newExecCommand(c *client) *cobra.Command {
 		Long: templates.LongDesc(`
 			Execute a command in a target, beside what runs there.
 
-			The exit code is that of the command.`),
+			The exit code is that of the command; 125 if the connection to the server was lost,
+			or the server ended the session, before the command had ended; 128 and the signal's
+			number after a signal; and 1 if the command couldn't be run.
+
+			A server that gives no sign of life is believed in for a minute (--peer-timeout).
+			After some seconds of silence a message says so, and ctrl-c or ~. end a session with
+			a terminal at once. The server ends the command when it finds that its client has
+			gone.`),
 		Example: templates.Examples(`
 			# Get output from running the 'date' command in the first ready instance of target web
 			kubectl target exec web -- date
@@ -40,6 +45,9 @@ func newExecCommand(c *client) *cobra.Command {
 			# Switch to raw terminal mode; sends stdin to 'bash' in target web
 			# and sends stdout/stderr from 'bash' back to the client
 			kubectl target exec web -i -t -- bash -il
+
+			# Feed a local file to a command
+			kubectl target exec web -i -- psql < dump.sql
 
 			# List contents of /usr, sorted by modification time. The two dashes (--) separate
 			# the command's flags from those of kubectl. Don't surround the command and its
@@ -93,23 +101,14 @@ func (o *execOptions) run(ctx context.Context, c *client) error {
 	if err != nil {
 		return err
 	}
-	t := o.terminal(c)
-	options := remotecommand.StreamOptions{Stdin: t.In, Stdout: c.Out, Stderr: c.ErrOut, Tty: t.Raw}
-	if t.Raw {
-		options.TerminalSizeQueue = monitor(&t, t.GetSize())
-		options.Stderr = nil
-	}
-	request := conn.subresource("POST", o.target, "exec").VersionedParams(o.query(t.Raw), scheme.ParameterCodec)
-	if err := request.Error(); err != nil {
+	local := o.console(c)
+	r := conn.subresource("POST", o.target, "exec").VersionedParams(o.query(local.raw), scheme.ParameterCodec)
+	if err := r.Error(); err != nil {
 		return err
 	}
-	return interrupted(ctx, conn.stream(ctx, t, o.target, request.URL(), options))
-}
-
-// interrupted returns why the context ended, if it is the reason for err.
-func interrupted(ctx context.Context, err error) error {
-	if err != nil && errors.Is(err, ctx.Err()) {
-		return context.Cause(ctx)
-	}
-	return err
+	return conn.stream(ctx, local, request{
+		ref:    o.ref,
+		url:    r.URL(),
+		broken: "the server ends the command when it notices, and how far that came isn't known",
+	})
 }

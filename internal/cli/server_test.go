@@ -33,17 +33,11 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// client-go's executors leave goroutines behind when a session is cut
-	// short, and kubectl's terminal sizes one for each terminal. Our own
-	// commands end with the process.
+	// SPDY's library waits for half a minute for a stream that was being opened
+	// when its connection was closed, and kubectl's terminal sizes have no end.
+	// Our own commands end with the process.
 	goleak.VerifyTestMain(m,
-		goleak.IgnoreAnyFunction("k8s.io/client-go/tools/remotecommand.(*wsStreamExecutor).StreamWithContext.func1"),
-		goleak.IgnoreAnyFunction("k8s.io/client-go/tools/remotecommand.(*streamProtocolV2).copyStdin.func1"),
-		goleak.IgnoreAnyFunction("k8s.io/client-go/tools/remotecommand.(*streamProtocolV2).copyStdin.func2"),
-		goleak.IgnoreAnyFunction("k8s.io/client-go/tools/remotecommand.(*streamProtocolV2).copyStdout.func1"),
-		goleak.IgnoreAnyFunction("k8s.io/client-go/tools/remotecommand.(*streamProtocolV2).copyStderr.func1"),
-		goleak.IgnoreAnyFunction("k8s.io/client-go/tools/remotecommand.watchErrorStream.func1"),
-		goleak.IgnoreAnyFunction("k8s.io/client-go/tools/remotecommand.(*heartbeat).start"),
+		goleak.IgnoreAnyFunction("github.com/moby/spdystream.(*Stream).WaitTimeout"),
 		goleak.IgnoreAnyFunction("k8s.io/kubectl/pkg/util/term.(*sizeQueue).Next"),
 	)
 }

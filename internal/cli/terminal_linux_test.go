@@ -119,7 +119,7 @@ func TestExecWithTerminal(t *testing.T) {
 		if !seen.TTY || seen.Stderr || !seen.Stdin {
 			t.Errorf("options %+v, want stdin and tty without stderr", seen)
 		}
-		// client-go leaves a read of the terminal behind, which ends with a line.
+		// A read of the terminal is left behind, which ends with a key.
 		_, _ = terminal.user.Write([]byte{'\n'})
 	})
 }

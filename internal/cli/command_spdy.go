@@ -1,0 +1,242 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/remotecommand"
+	"k8s.io/client-go/rest"
+	"k8s.io/streaming/pkg/httpstream"
+	"k8s.io/streaming/pkg/httpstream/spdy"
+)
+
+// spdyStreams is a session over SPDY, in version 4 of the protocol. client-go's
+// own client of it takes the end of the connection for the end of the command,
+// with exit code 0.
+type spdyStreams struct {
+	conn httpstream.Connection
+	link *spdyLink
+	// Streams that weren't asked for are nil. Each is written by one goroutine.
+	stdin, stdout, stderr, outcome, sizes httpstream.Stream
+
+	closeOnce sync.Once
+	closed    chan struct{}
+}
+
+var _ remote = (*spdyStreams)(nil)
+
+// upgradeSPDY upgrades a plain HTTP/1.1 connection. net/http does the upgrade
+// itself, so that proxies and a cancelled context work as for any request.
+func (c *connection) upgradeSPDY(ctx context.Context, target string, u *url.URL, protocol string) (io.ReadWriteCloser, error) {
+	tlsConfig, proxy, err := c.upgradeConfig()
+	if err != nil {
+		return nil, err
+	}
+	base := &http.Transport{
+		Proxy:           proxy,
+		TLSClientConfig: tlsConfig,
+		DialContext:     c.config.Dial,
+		// A connection that wasn't upgraded is of no more use.
+		DisableKeepAlives: true,
+	}
+	roundTripper, err := rest.HTTPWrappersForConfig(c.config, base)
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, u.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set(httpstream.HeaderConnection, httpstream.HeaderUpgrade)
+	req.Header.Set(httpstream.HeaderUpgrade, spdy.HeaderSpdy31)
+	req.Header.Set(httpstream.HeaderProtocolVersion, protocol)
+	resp, err := roundTripper.RoundTrip(req)
+	if err != nil {
+		return nil, &url.Error{Op: "Post", URL: c.config.Host, Err: err}
+	}
+	upgraded, ok := resp.Body.(io.ReadWriteCloser)
+	if resp.StatusCode != http.StatusSwitchingProtocols || !ok || !strings.EqualFold(resp.Header.Get(httpstream.HeaderUpgrade), spdy.HeaderSpdy31) {
+		defer resp.Body.Close()
+		return nil, responseError(resp, target)
+	}
+	if got := resp.Header.Get(httpstream.HeaderProtocolVersion); got != protocol {
+		upgraded.Close()
+		return nil, fmt.Errorf("unable to negotiate protocol: client supports %q, server returned %q", protocol, got)
+	}
+	return upgraded, nil
+}
+
+func (c *connection) dialCommandSPDY(ctx context.Context, r request, pulse *pulse, local *console) (remote, error) {
+	upgraded, err := c.upgradeSPDY(ctx, r.target, r.url, remotecommand.StreamProtocolV4Name)
+	if err != nil {
+		return nil, err
+	}
+	link := &spdyLink{ReadWriteCloser: upgraded, pulse: pulse}
+	conn, err := spdy.NewClientConnectionWithPings(link, min(pingEvery, c.peerTimeout/4))
+	if err != nil {
+		return nil, errors.Join(err, link.Close())
+	}
+	s := &spdyStreams{conn: conn, link: link, closed: make(chan struct{})}
+	stop := context.AfterFunc(ctx, s.close)
+	defer stop()
+	for _, stream := range []struct {
+		wanted bool
+		name   string
+		to     *httpstream.Stream
+		// one says that only the other side sends.
+		one bool
+	}{
+		{true, corev1.StreamTypeError, &s.outcome, true},
+		{local.stdin, corev1.StreamTypeStdin, &s.stdin, false},
+		{true, corev1.StreamTypeStdout, &s.stdout, true},
+		{!local.raw, corev1.StreamTypeStderr, &s.stderr, true},
+		{local.raw, corev1.StreamTypeResize, &s.sizes, false},
+	} {
+		if !stream.wanted {
+			continue
+		}
+		opened, err := conn.CreateStream(http.Header{corev1.StreamType: {stream.name}})
+		if err == nil && stream.one {
+			err = opened.Close()
+		}
+		if err != nil {
+			s.close()
+			return nil, fmt.Errorf("opening the stream %s: %w", stream.name, err)
+		}
+		*stream.to = opened
+	}
+	return s, nil
+}
+
+func (s *spdyStreams) serve(stdout, stderr io.Writer) (*metav1.Status, error) {
+	var text []byte
+	var mu sync.Mutex // protects failed
+	var failed error
+	var copying sync.WaitGroup
+	deliver := func(from httpstream.Stream, to io.Writer) {
+		if from == nil {
+			return
+		}
+		copying.Go(func() {
+			buf := make([]byte, 32<<10)
+			for {
+				n, err := from.Read(buf)
+				if _, err := to.Write(buf[:n]); err != nil {
+					mu.Lock()
+					failed = &sinkError{err}
+					mu.Unlock()
+					s.close()
+					return
+				}
+				if err != nil {
+					return
+				}
+			}
+		})
+	}
+	deliver(s.stdout, stdout)
+	deliver(s.stderr, stderr)
+	deliver(s.outcome, (*bounded)(&text))
+	copying.Wait()
+	if failed != nil {
+		return nil, failed
+	}
+	// The end of the connection, too, reads as the end of each stream.
+	if status := decodeStatus(text); status != nil {
+		return status, nil
+	}
+	if err := s.link.failure(); err != nil {
+		return nil, err
+	}
+	return nil, errors.New("it was closed without a word")
+}
+
+func (s *spdyStreams) send(p []byte) error {
+	_, err := s.stdin.Write(p)
+	return err
+}
+
+func (s *spdyStreams) closeStdin() error { return s.stdin.Close() }
+
+func (s *spdyStreams) resize(size terminalSize) error {
+	_, err := s.sizes.Write(size.encode())
+	return err
+}
+
+// attend waits: the SPDY library pings by itself.
+func (s *spdyStreams) attend(time.Duration) { <-s.closed }
+
+func (s *spdyStreams) close() {
+	s.closeOnce.Do(func() {
+		close(s.closed)
+		// Without a goodbye, which could get stuck, as could TLS's.
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_ = s.link.Close()
+			_ = s.conn.Close()
+		}()
+		select {
+		case <-done:
+		case <-time.After(partingTime / 2):
+		}
+	})
+}
+
+// spdyLink is the connection below SPDY.
+type spdyLink struct {
+	io.ReadWriteCloser
+	pulse *pulse
+
+	mu  sync.Mutex // protects err
+	err error
+
+	closeOnce sync.Once
+}
+
+var _ net.Conn = (*spdyLink)(nil)
+
+func (l *spdyLink) Read(p []byte) (int, error) {
+	n, err := l.pulse.read(func() (int, error) { return l.ReadWriteCloser.Read(p) })
+	if err != nil && !errors.Is(err, io.EOF) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.err == nil {
+			l.err = err
+		}
+	}
+	return n, err
+}
+
+// failure returns why the connection can't be read, nil if it was closed.
+func (l *spdyLink) failure() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.err
+}
+
+// Close never fails, as the SPDY library would wait for somebody to hear of it.
+func (l *spdyLink) Close() error {
+	l.closeOnce.Do(func() { _ = l.ReadWriteCloser.Close() })
+	return nil
+}
+
+// The SPDY library never asks for what follows; the upgraded body of a response
+// has none of it.
+
+func (l *spdyLink) LocalAddr() net.Addr              { return &net.TCPAddr{} }
+func (l *spdyLink) RemoteAddr() net.Addr             { return &net.TCPAddr{} }
+func (l *spdyLink) SetDeadline(time.Time) error      { return os.ErrNoDeadline }
+func (l *spdyLink) SetReadDeadline(time.Time) error  { return os.ErrNoDeadline }
+func (l *spdyLink) SetWriteDeadline(time.Time) error { return os.ErrNoDeadline }
