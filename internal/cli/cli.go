@@ -123,6 +123,7 @@ func NewCommand(streams genericiooptions.IOStreams) *cobra.Command {
 			Message: "Commands for Targets:",
 			Commands: []*cobra.Command{
 				newLogsCommand(c),
+				newRunCommand(c),
 				newExecCommand(c),
 				newAttachCommand(c),
 				newPortForwardCommand(c),

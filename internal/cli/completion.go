@@ -227,6 +227,46 @@ func (c *client) completedTarget(ctx context.Context, args []string) (*v1.Target
 	return conn.clientset.StreamingV1().Targets(conn.namespace).Get(ctx, r.target, metav1.GetOptions{})
 }
 
+// completeClasses completes the name of a TargetClass.
+func (c *client) completeClasses(cmd *cobra.Command, _ []string, toComplete string) ([]string, cobra.ShellCompDirective) {
+	ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
+	defer cancel()
+	conn, err := c.connect()
+	if err != nil {
+		return failedCompletion(err)
+	}
+	list, err := conn.clientset.StreamingV1().TargetClasses().List(ctx, metav1.ListOptions{Limit: completionLimit})
+	if err != nil {
+		return failedCompletion(err)
+	}
+	var names []string
+	for i := range list.Items {
+		names = append(names, list.Items[i].Name)
+	}
+	return candidates(names, toComplete), cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeAgents completes the name of an agent: one that has targets.
+func (c *client) completeAgents(cmd *cobra.Command, _ []string, toComplete string) ([]string, cobra.ShellCompDirective) {
+	ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
+	defer cancel()
+	conn, err := c.connect()
+	if err != nil {
+		return failedCompletion(err)
+	}
+	list, err := conn.clientset.StreamingV1().Targets(conn.namespace).List(ctx, metav1.ListOptions{Limit: completionLimit})
+	if err != nil {
+		return failedCompletion(err)
+	}
+	var names []string
+	for i := range list.Items {
+		if agent := list.Items[i].Spec.AgentName; agent != "" {
+			names = append(names, agent)
+		}
+	}
+	return candidates(names, toComplete), cobra.ShellCompDirectiveNoFileComp
+}
+
 // completeInstances completes the value of --instance.
 func (c *client) completeInstances(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
 	ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
