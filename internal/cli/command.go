@@ -101,7 +101,7 @@ func (c *connection) stream(ctx context.Context, local *console, r request) erro
 	if err := s.prepare(); err != nil {
 		return err
 	}
-	remote, err := c.dialCommand(ctx, r, &s.pulse, local)
+	remote, err := c.dialCommand(ctx, s)
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func (c *connection) stream(ctx context.Context, local *console, r request) erro
 // dialCommand opens a session by WebSocket, or by SPDY where that doesn't get
 // through. KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false leaves SPDY alone, as for
 // kubectl.
-func (c *connection) dialCommand(ctx context.Context, r request, pulse *pulse, local *console) (remote, error) {
+func (c *connection) dialCommand(ctx context.Context, s *session) (remote, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.peerTimeout, errNoAnswer)
 	defer cancel()
 	type result struct {
@@ -124,9 +124,9 @@ func (c *connection) dialCommand(ctx context.Context, r request, pulse *pulse, l
 	go func() {
 		var opened result
 		if cmdutil.RemoteCommandWebsockets.IsDisabled() {
-			opened.remote, opened.err = c.dialCommandSPDY(ctx, r, pulse, local)
-		} else if opened.remote, opened.err = c.dialCommandWebSocket(ctx, r, pulse, local); opened.err != nil && ctx.Err() == nil && fallBack(opened.err) {
-			opened.remote, opened.err = c.dialCommandSPDY(ctx, r, pulse, local)
+			opened.remote, opened.err = c.dialCommandSPDY(ctx, s)
+		} else if opened.remote, opened.err = c.dialCommandWebSocket(ctx, s); opened.err != nil && ctx.Err() == nil && fallBack(opened.err) {
+			opened.remote, opened.err = c.dialCommandSPDY(ctx, s)
 		}
 		select {
 		case dialled <- opened:

@@ -25,8 +25,9 @@ import (
 // own client of it takes the end of the connection for the end of the command,
 // with exit code 0.
 type spdyStreams struct {
-	conn httpstream.Connection
-	link *spdyLink
+	guard func(part func()) // runs what is on a goroutine of its own
+	conn  httpstream.Connection
+	link  *spdyLink
 	// Streams that weren't asked for are nil. Each is written by one goroutine.
 	stdin, stdout, stderr, outcome, sizes httpstream.Stream
 
@@ -77,17 +78,17 @@ func (c *connection) upgradeSPDY(ctx context.Context, target string, u *url.URL,
 	return upgraded, nil
 }
 
-func (c *connection) dialCommandSPDY(ctx context.Context, r request, pulse *pulse, local *console) (remote, error) {
-	upgraded, err := c.upgradeSPDY(ctx, r.target, r.url, remotecommand.StreamProtocolV4Name)
+func (c *connection) dialCommandSPDY(ctx context.Context, session *session) (remote, error) {
+	upgraded, err := c.upgradeSPDY(ctx, session.target, session.url, remotecommand.StreamProtocolV4Name)
 	if err != nil {
 		return nil, err
 	}
-	link := &spdyLink{ReadWriteCloser: upgraded, pulse: pulse}
+	link := &spdyLink{ReadWriteCloser: upgraded, pulse: &session.pulse}
 	conn, err := spdy.NewClientConnectionWithPings(link, min(pingEvery, c.peerTimeout/4))
 	if err != nil {
 		return nil, errors.Join(err, link.Close())
 	}
-	s := &spdyStreams{conn: conn, link: link, closed: make(chan struct{})}
+	s := &spdyStreams{guard: session.guard, conn: conn, link: link, closed: make(chan struct{})}
 	stop := context.AfterFunc(ctx, s.close)
 	defer stop()
 	for _, stream := range []struct {
@@ -98,10 +99,10 @@ func (c *connection) dialCommandSPDY(ctx context.Context, r request, pulse *puls
 		one bool
 	}{
 		{true, corev1.StreamTypeError, &s.outcome, true},
-		{local.stdin, corev1.StreamTypeStdin, &s.stdin, false},
+		{session.stdin, corev1.StreamTypeStdin, &s.stdin, false},
 		{true, corev1.StreamTypeStdout, &s.stdout, true},
-		{!local.raw, corev1.StreamTypeStderr, &s.stderr, true},
-		{local.raw, corev1.StreamTypeResize, &s.sizes, false},
+		{!session.raw, corev1.StreamTypeStderr, &s.stderr, true},
+		{session.raw, corev1.StreamTypeResize, &s.sizes, false},
 	} {
 		if !stream.wanted {
 			continue
@@ -129,20 +130,22 @@ func (s *spdyStreams) serve(stdout, stderr io.Writer) (*metav1.Status, error) {
 			return
 		}
 		copying.Go(func() {
-			buf := make([]byte, 32<<10)
-			for {
-				n, err := from.Read(buf)
-				if _, err := to.Write(buf[:n]); err != nil {
-					mu.Lock()
-					failed = &sinkError{err}
-					mu.Unlock()
-					s.close()
-					return
+			s.guard(func() {
+				buf := make([]byte, 32<<10)
+				for {
+					n, err := from.Read(buf)
+					if _, err := to.Write(buf[:n]); err != nil {
+						mu.Lock()
+						failed = &sinkError{err}
+						mu.Unlock()
+						s.close()
+						return
+					}
+					if err != nil {
+						return
+					}
 				}
-				if err != nil {
-					return
-				}
-			}
+			})
 		})
 	}
 	deliver(s.stdout, stdout)

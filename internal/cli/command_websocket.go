@@ -36,17 +36,17 @@ type channels struct {
 
 var _ remote = (*channels)(nil)
 
-func (c *connection) dialCommandWebSocket(ctx context.Context, r request, pulse *pulse, local *console) (remote, error) {
+func (c *connection) dialCommandWebSocket(ctx context.Context, session *session) (remote, error) {
 	roundTripper, holder, err := websocket.RoundTripperFor(c.config)
 	if err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.url.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, session.url.String(), nil)
 	if err != nil {
 		return nil, err
 	}
 	protocols := []string{remotecommand.StreamProtocolV5Name}
-	if !local.stdin || local.raw {
+	if !session.stdin || session.raw {
 		// v4 can't end stdin; SPDY can. A terminal's has no end.
 		protocols = append(protocols, remotecommand.StreamProtocolV4Name)
 	}
@@ -56,7 +56,7 @@ func (c *connection) dialCommandWebSocket(ctx context.Context, r request, pulse 
 	}
 	remote := &channels{
 		ws:     ws,
-		pulse:  pulse,
+		pulse:  &session.pulse,
 		half:   ws.Subprotocol() == remotecommand.StreamProtocolV5Name,
 		pongs:  make(chan string, 1),
 		closed: make(chan struct{}),
@@ -64,7 +64,7 @@ func (c *connection) dialCommandWebSocket(ctx context.Context, r request, pulse 
 	// gorilla would answer by itself, and give the connection up if that took
 	// more than a second.
 	ws.SetPingHandler(func(payload string) error {
-		pulse.beat()
+		session.pulse.beat()
 		select {
 		case <-remote.pongs:
 		default:
@@ -73,7 +73,7 @@ func (c *connection) dialCommandWebSocket(ctx context.Context, r request, pulse 
 		return nil
 	})
 	ws.SetPongHandler(func(string) error {
-		pulse.beat()
+		session.pulse.beat()
 		return nil
 	})
 	return remote, nil

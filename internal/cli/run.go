@@ -313,7 +313,6 @@ func (o *runOptions) session(ctx context.Context, c *client, conn *connection, l
 	}
 }
 
-
 // pause waits, unless ctx ends: then it returns why.
 func pause(ctx context.Context, duration time.Duration) error {
 	select {

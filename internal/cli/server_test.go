@@ -5,12 +5,15 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -32,7 +35,14 @@ import (
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 )
 
+// asPlugin is a variable of the environment with which the test binary is the
+// plugin.
+const asPlugin = "TEST_AS_KUBECTL_TARGET"
+
 func TestMain(m *testing.M) {
+	if os.Getenv(asPlugin) != "" {
+		os.Exit(Main())
+	}
 	// SPDY's library waits for half a minute for a stream that was being opened
 	// when its connection was closed, and kubectl's terminal sizes have no end.
 	// Our own commands end with the process.
@@ -51,6 +61,9 @@ type testServer struct {
 	srv *httptest.Server
 
 	log, exec, attach, portforward func(w http.ResponseWriter, r *http.Request, target string)
+	// created is told of each target that a client creates, and may change its
+	// status.
+	created func(target *v1.Target)
 	// intercept answers a request before anything else if it returns true.
 	intercept func(w http.ResponseWriter, r *http.Request) bool
 
@@ -79,6 +92,8 @@ func newTestServer(t *testing.T, targets ...*v1.Target) *testServer {
 			writeJSON(w, http.StatusOK, target)
 		}
 	})
+	mux.HandleFunc("POST "+base+"/namespaces/{namespace}/targets", s.serveCreate)
+	mux.HandleFunc("DELETE "+base+"/namespaces/{namespace}/targets/{name}", s.serveDelete)
 	mux.HandleFunc(base+"/namespaces/{namespace}/targets/{name}/{subresource}", func(w http.ResponseWriter, r *http.Request) {
 		if s.find(w, r.PathValue("name")) == nil {
 			return
@@ -127,6 +142,49 @@ func (s *testServer) find(w http.ResponseWriter, name string) *v1.Target {
 		writeError(w, apierrors.NewNotFound(v1.Resource("targets"), name))
 	}
 	return target
+}
+
+func (s *testServer) serveCreate(w http.ResponseWriter, r *http.Request) {
+	target := &v1.Target{}
+	body, err := io.ReadAll(r.Body)
+	if err == nil {
+		_, _, err = scheme.Codecs.UniversalDeserializer().Decode(body, nil, target)
+	}
+	if err != nil {
+		writeError(w, apierrors.NewBadRequest(err.Error()))
+		return
+	}
+	target.Namespace, target.UID = r.PathValue("namespace"), types.UID("uid of "+target.Name)
+	target.TypeMeta = metav1.TypeMeta{Kind: "Target", APIVersion: v1.SchemeGroupVersion.String()}
+	if r.URL.Query().Get("dryRun") == "" {
+		if s.created != nil {
+			s.created(target)
+		}
+		s.apply(target)
+	}
+	writeJSON(w, http.StatusCreated, target)
+}
+
+func (s *testServer) serveDelete(w http.ResponseWriter, r *http.Request) {
+	var options metav1.DeleteOptions
+	body, err := io.ReadAll(r.Body)
+	if err == nil {
+		_, _, err = scheme.Codecs.UniversalDeserializer().Decode(body, nil, &options)
+	}
+	if err != nil {
+		writeError(w, apierrors.NewBadRequest(err.Error()))
+		return
+	}
+	target := s.find(w, r.PathValue("name"))
+	if target == nil {
+		return
+	}
+	if p := options.Preconditions; p != nil && p.UID != nil && *p.UID != target.UID {
+		writeError(w, apierrors.NewConflict(v1.Resource("targets"), target.Name, errors.New("another UID")))
+		return
+	}
+	s.delete(target.Name)
+	writeJSON(w, http.StatusOK, target)
 }
 
 func (s *testServer) serveList(w http.ResponseWriter, r *http.Request) {
@@ -379,4 +437,32 @@ func process(name string, change ...func(*v1.Target)) *v1.Target {
 		c(target)
 	}
 	return target
+}
+
+// plugin is the plugin as a process of its own.
+func plugin(t *testing.T, config string, args ...string) *exec.Cmd {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
+	t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, self, append([]string{"--kubeconfig", config}, args...)...)
+	cmd.Env = append(os.Environ(), asPlugin+"=yes")
+	return cmd
+}
+
+// bash returns the shell's path. Only its absence on a developer's machine is no
+// failure.
+func bash(t *testing.T) string {
+	t.Helper()
+	path, err := exec.LookPath("bash")
+	if err != nil && os.Getenv("CI") == "" {
+		t.Skip("bash isn't installed")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
+	"sync"
 	"syscall"
 
 	"k8s.io/kubectl/pkg/util/interrupt"
@@ -52,12 +54,23 @@ func (l *console) safe(cancel context.CancelCauseFunc, session func() error) err
 		t.In = nil
 	}
 	t.Raw = l.raw
-	// Other signals end the command's context by themselves.
-	t.Parent = interrupt.New(func(s os.Signal) {
-		if s == syscall.SIGQUIT {
+	// The default would be to exit here. Signals end the command's context, but
+	// for one that is Go's outside of a session.
+	t.Parent = interrupt.New(func(os.Signal) {})
+	quits := make(chan os.Signal, 1)
+	signal.Notify(quits, syscall.SIGQUIT)
+	over := make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		select {
+		case <-quits:
 			cancel(terminated{syscall.SIGQUIT})
+		case <-over:
 		}
 	})
+	defer watching.Wait()
+	defer close(over)
+	defer signal.Stop(quits)
 	if l.raw {
 		if size := t.GetSize(); size != nil {
 			l.size = &terminalSize{Width: size.Width, Height: size.Height}

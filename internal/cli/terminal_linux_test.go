@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/creack/pty"
 	"github.com/google/go-cmp/cmp"
@@ -196,5 +198,209 @@ func TestPrefixesAreColoredOnATerminalOnly(t *testing.T) {
 	cmd := startWith(t, genericiooptions.IOStreams{}, args...)
 	if cmd.wait(); cmd.out.String() != "[web/web-0] text\n" {
 		t.Errorf("a file gets %q", cmd.out)
+	}
+}
+
+// TestSilentServer has a user who doesn't want to wait.
+func TestSilentServer(t *testing.T) {
+	for name, keys := range map[string]string{"by WebSocket": "\x03", "by SPDY": "\r~."} {
+		t.Run(name, func(t *testing.T) {
+			for key, value := range transports[name] {
+				t.Setenv(key, value)
+			}
+			server := newTestServer(t, process("web"))
+			network := server.badNetwork()
+			terminal := openTerminal(t)
+			screen := terminal.screen(t)
+			before := terminal.state(t)
+			typed := make(chan string, 1)
+			server.serveExec(new(v1.TargetExecOptions), func(ctx context.Context, stdio streaming.Stdio) error {
+				buf := make([]byte, len(keys))
+				_, err := io.ReadFull(stdio.Stdin, buf)
+				typed <- string(buf)
+				<-ctx.Done()
+				return errors.Join(err, ctx.Err())
+			})
+			cmd := startWith(t, genericiooptions.IOStreams{In: terminal.tty, Out: terminal.tty},
+				"--kubeconfig", server.kubeconfig(), "--peer-timeout=4s", "exec", "-i", "-t", "web", "--", "sh")
+			until(t, "the raw mode", func() bool { return terminal.raw(t) })
+			// While the server answers, these keys are the command's.
+			terminal.write(t, keys)
+			if got := <-typed; got != keys {
+				t.Fatalf("the command was sent %q, want %q", got, keys)
+			}
+			network.stall()
+			until(t, "the message", func() bool { return strings.Contains(cmd.errOut.String(), "press ctrl-c or ~. to end the session") })
+			network.unstall()
+			until(t, "the server's answer", func() bool { return strings.Contains(cmd.errOut.String(), "the server answers again") })
+			network.stall()
+			until(t, "the message again", func() bool { return strings.Count(cmd.errOut.String(), "press ctrl-c or ~. to end the session") == 2 })
+			terminal.write(t, keys)
+			if code := cmd.wait(); code != exitBroken {
+				t.Errorf("exit code %d, want %d", code, exitBroken)
+			}
+			if want := "the connection to the server was lost: the server had been silent, and you ended the session; the server ends the command"; !strings.Contains(cmd.errOut.String(), want) {
+				t.Errorf("stderr %q lacks %q", cmd.errOut, want)
+			}
+			if diff := cmp.Diff(before, terminal.state(t)); diff != "" {
+				t.Errorf("terminal afterwards (-want +got):\n%s", diff)
+			}
+			until(t, "plain text", func() bool { return strings.Contains(screen.String(), plainText+showCursor) })
+		})
+	}
+}
+
+// write types.
+func (p *terminalPair) write(t *testing.T, keys string) {
+	t.Helper()
+	if _, err := p.user.Write([]byte(keys)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (p *terminalPair) raw(t *testing.T) bool {
+	return p.state(t).Lflag&(unix.ECHO|unix.ICANON|unix.ISIG) == 0
+}
+
+type panicking struct{}
+
+func (panicking) Write([]byte) (int, error) { panic("a fault of ours") }
+
+func TestTerminalIsRestoredAfterAPanic(t *testing.T) {
+	forEachTransport(t, func(t *testing.T) {
+		server := newTestServer(t, process("web"))
+		server.serveExec(new(v1.TargetExecOptions), func(ctx context.Context, stdio streaming.Stdio) error {
+			fmt.Fprintln(stdio.Stdout, "output")
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		terminal := openTerminal(t)
+		terminal.screen(t)
+		before := terminal.state(t)
+		func() {
+			defer func() {
+				if text := fmt.Sprint(recover()); !strings.Contains(text, "a fault of ours") || !strings.Contains(text, "panicking.Write") {
+					t.Errorf("panic %q, want the first one and its stack", text)
+				}
+			}()
+			code := Execute(t.Context(), genericiooptions.IOStreams{In: terminal.tty, Out: panicking{}, ErrOut: io.Discard},
+				[]string{"--kubeconfig", server.kubeconfig(), "exec", "-i", "-t", "web", "--", "sh"})
+			t.Errorf("exit code %d, want a panic", code)
+		}()
+		if diff := cmp.Diff(before, terminal.state(t)); diff != "" {
+			t.Errorf("terminal afterwards (-want +got):\n%s", diff)
+		}
+		terminal.write(t, "\n")
+	})
+}
+
+func TestTerminalIsRestoredAfterASignal(t *testing.T) {
+	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT} {
+		t.Run(signal.String(), func(t *testing.T) {
+			server := newTestServer(t, process("web"))
+			ended := make(chan struct{})
+			server.serveExec(new(v1.TargetExecOptions), func(ctx context.Context, stdio streaming.Stdio) error {
+				defer close(ended)
+				<-ctx.Done()
+				return ctx.Err()
+			})
+			terminal := openTerminal(t)
+			terminal.screen(t)
+			before := terminal.state(t)
+			cmd := plugin(t, server.kubeconfig(), "exec", "-i", "-t", "web", "--", "sh")
+			cmd.Stdin, cmd.Stdout = terminal.tty, terminal.tty
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			until(t, "the raw mode", func() bool { return terminal.raw(t) })
+			if err := cmd.Process.Signal(signal); err != nil {
+				t.Fatal(err)
+			}
+			_ = cmd.Wait()
+			if code := cmd.ProcessState.ExitCode(); code != 128+int(signal) {
+				t.Errorf("exit code %d, want %d", code, 128+int(signal))
+			}
+			if diff := cmp.Diff(before, terminal.state(t)); diff != "" {
+				t.Errorf("terminal afterwards (-want +got):\n%s", diff)
+			}
+			<-ended
+		})
+	}
+}
+
+// TestSuspend stops the plugin with ctrl-z for longer than the server is
+// believed in.
+func TestSuspend(t *testing.T) {
+	server := newTestServer(t, process("web"))
+	server.serveExec(new(v1.TargetExecOptions), func(ctx context.Context, stdio streaming.Stdio) error {
+		line, err := bufio.NewReader(stdio.Stdin).ReadString('\n')
+		fmt.Fprintf(stdio.Stdout, "read %q\n", line)
+		return err
+	})
+	terminal := openTerminal(t)
+	screen := terminal.screen(t)
+	cmd := plugin(t, server.kubeconfig(), "--peer-timeout=1s", "exec", "-i", "web", "--", "sh")
+	cmd.Stdin, cmd.Stdout = terminal.tty, terminal.tty
+	// The terminal is its own, so that its keys make signals.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the request", func() bool { return len(server.seen()) > 0 })
+	// A process without a shell as its parent ignores the key; the signal is
+	// the same.
+	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(1500 * time.Millisecond) // the state that is tested is a time that passes
+	if err := cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	terminal.write(t, "a line\n")
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%v: %s", err, stderr.String())
+	}
+	until(t, "the line", func() bool { return strings.Contains(screen.String(), `read "a line\n"`) })
+}
+
+func TestReplay(t *testing.T) {
+	shell := process("shell", func(target *v1.Target) {
+		target.Spec.Process.Stdin, target.Spec.Process.TTY = true, true
+	})
+	for name, test := range map[string]struct {
+		args      []string
+		want      int64
+		wantFirst string
+	}{
+		"a screenful by default":  {args: []string{"attach", "-i", "shell"}, want: 25, wantFirst: plainText + "[82x26 81x25]"},
+		"none if that is wanted":  {args: []string{"attach", "-i", "shell", "--replay=false"}, wantFirst: plainText + "[82x26 81x25]"},
+		"also without a keyboard": {args: []string{"attach", "shell"}, want: 25, wantFirst: "[]"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := newTestServer(t, shell)
+			terminal := openTerminal(t)
+			screen := terminal.screen(t)
+			var seen v1.TargetAttachOptions
+			server.serveAttach(&seen, func(_ context.Context, stdio streaming.Stdio) error {
+				var sizes []string
+				for stdio.Resize != nil && len(sizes) < 2 {
+					size := <-stdio.Resize
+					sizes = append(sizes, fmt.Sprintf("%dx%d", size.Width, size.Height))
+				}
+				_, err := fmt.Fprint(stdio.Stdout, sizes)
+				return err
+			})
+			cmd := startWith(t, genericiooptions.IOStreams{In: terminal.tty, Out: terminal.tty}, append([]string{"--kubeconfig", server.kubeconfig()}, test.args...)...)
+			if code := cmd.wait(); code != 0 {
+				t.Errorf("exit code %d, stderr %q", code, cmd.errOut)
+			}
+			if seen.Replay != test.want || seen.CloseStdin {
+				t.Errorf("options %+v, want a replay of %d lines", seen, test.want)
+			}
+			until(t, "the output", func() bool { return screen.String() == test.wantFirst })
+			terminal.write(t, "\n")
+		})
 	}
 }
