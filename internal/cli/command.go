@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/url"
 	"os"
 	"os/signal"
@@ -153,7 +154,18 @@ func (c *connection) dialCommand(ctx context.Context, s *session) (remote, error
 	case cause != nil:
 		return nil, cause
 	}
-	return nil, upgradeError(c.config.Host, err)
+	if refused := upgradeError(c.config.Host, err); refusal(refused) != nil || !cutShort(err) {
+		return nil, refused
+	}
+	return nil, s.lost(err)
+}
+
+// cutShort says whether a connection broke in the middle of a request: what has
+// come of that isn't known.
+func cutShort(err error) bool {
+	var operation *net.OpError
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.As(err, &operation) && (operation.Op == "read" || operation.Op == "write")
 }
 
 // remote is the other side of a session. Its methods but serve may be called at

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net/http"
 	"strconv"
 	"strings"
 	"time"
@@ -13,8 +14,10 @@ import (
 	"github.com/spf13/cobra"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/cli-runtime/pkg/genericclioptions"
 	"k8s.io/cli-runtime/pkg/printers"
+	"k8s.io/client-go/rest"
 	clientexec "k8s.io/client-go/util/exec"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 	"k8s.io/kubectl/pkg/util/templates"
@@ -34,6 +37,9 @@ const (
 	// removalTime is how long --rm waits for the target to be gone, beside the
 	// target's grace period.
 	removalTime = 20 * time.Second
+	// tryTime is how long one request of that may take. What was lost with the
+	// session's connection may be the others', too.
+	tryTime = 5 * time.Second
 )
 
 // errUnanswered says that a request was made without its outcome being known.
@@ -331,7 +337,7 @@ func (c *connection) awaitStart(ctx context.Context, created *v1.Target, instanc
 		last = fmt.Sprintf("agent %q hasn't said anything of it: it may be down, or not exist", agent)
 	}
 	for {
-		target, err := c.clientset.StreamingV1().Targets(c.namespace).Get(ctx, created.Name, metav1.GetOptions{})
+		target, err := c.target(ctx, created.Name)
 		switch {
 		case ctx.Err() != nil:
 			return nil, fmt.Errorf("%w: %s", context.Cause(ctx), last)
@@ -412,15 +418,32 @@ func (c *connection) remove(ctx context.Context, target *v1.Target) error {
 	// A target that has come in its place by the same name isn't ours.
 	options := metav1.DeleteOptions{Preconditions: metav1.NewUIDPreconditions(string(target.UID))}
 	var last error
+	transport := http.RoundTripper(nil)
+	if client, ok := c.rest.(*rest.RESTClient); ok && client.Client != nil {
+		transport = client.Client.Transport
+	}
+	utilnet.CloseIdleConnectionsFor(transport)
+	try := func(request func(ctx context.Context) error) error {
+		once, cancel := context.WithTimeout(ctx, tryTime)
+		defer cancel()
+		err := request(once)
+		if once.Err() != nil {
+			utilnet.CloseIdleConnectionsFor(transport)
+		}
+		return err
+	}
 	for deleted := false; ; {
 		var err error
 		if !deleted {
-			if err = targets.Delete(ctx, target.Name, options); err == nil {
-				deleted = true
-			}
+			err = try(func(ctx context.Context) error { return targets.Delete(ctx, target.Name, options) })
+			deleted = err == nil
 		} else {
 			var now *v1.Target
-			if now, err = targets.Get(ctx, target.Name, metav1.GetOptions{}); err == nil && now.UID != target.UID {
+			err = try(func(ctx context.Context) (err error) {
+				now, err = targets.Get(ctx, target.Name, metav1.GetOptions{})
+				return err
+			})
+			if err == nil && now.UID != target.UID {
 				return nil
 			}
 		}
