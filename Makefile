@@ -13,11 +13,12 @@ LDFLAGS := -X aaserver.io/aaserver/internal/version.version=$(VERSION)
 # that what is tested is what is shipped.
 export GOFLAGS := $(strip $(GOFLAGS) -tags=fieldsv1string)
 
-.PHONY: build run test test-unit controlplane cluster bench soak update verify clean
+.PHONY: build run test test-unit controlplane cluster bench soak archives update verify clean
 
 build: ## bin/aaserver and bin/kubectl-target
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/aaserver .
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/kubectl-target ./cmd/kubectl-target
+	cp cmd/kubectl-target/kubectl_complete-target $(BIN)/
 
 run: build ## a server without a cluster, with targets to try
 	$(BIN)/aaserver standalone --data-dir $(DATA) --demo
@@ -50,6 +51,10 @@ soak: build controlplane ## ten minutes of all kinds of sessions, after which no
 	CGO_ENABLED=0 go build -trimpath -o $(BIN)/bench ./hack/bench
 	$(BIN)/bench -bin-dir $(BIN) soak
 
+archives: ## the plugin for every platform, and its Krew manifest, in dist/; BASE_URL says where they will be
+	@test -n "$(BASE_URL)" || { echo "archives: set BASE_URL to where the archives will be found" >&2; exit 1; }
+	hack/krew/archives.sh "$(VERSION)" "$(BASE_URL)" dist
+
 update: ## regenerate what is generated
 	hack/update.sh
 	go test ./charts -update
@@ -58,4 +63,4 @@ verify: ## fail if anything generated, formatted or linted is out of date
 	hack/verify.sh
 
 clean:
-	rm -rf $(BIN)
+	rm -rf $(BIN) dist

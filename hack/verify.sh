@@ -25,6 +25,12 @@ go vet ./... || fail "go vet has complaints"
 echo "staticcheck"
 go list ./... | grep -v /apis/generated/ | xargs go tool staticcheck || fail "staticcheck has complaints"
 
+# Compiled, and not linked: what isn't there on another system is found.
+echo "the plugin on other systems"
+for os in darwin windows; do
+  CGO_ENABLED=0 GOOS=$os go build ./internal/cli ./cmd/kubectl-target || fail "the plugin doesn't build for $os"
+done
+
 # The generators write into the tree: they run in a copy, so that a stale file
 # is reported and not mended on the way.
 copy=$(mktemp -d)

@@ -72,6 +72,7 @@ func newAttachCommand(c *client) *cobra.Command {
 	o.addFlags(cmd)
 	cmd.Flags().StringVar(&o.detachKeys, "detach-keys", defaultDetachKeys, "Key sequence that detaches from a terminal")
 	cmd.Flags().BoolVar(&o.replay, "replay", true, "If the output is a terminal, begin with the last screenful of what was written before")
+	register(cmd, "detach-keys", cobra.NoFileCompletions)
 	addInstanceFlag(cmd, c, &instance)
 	return cmd
 }

@@ -99,7 +99,8 @@ func NewCommand(streams genericiooptions.IOStreams) *cobra.Command {
 		Short:       "Logs, exec, attach, cp and port-forward for targets",
 		Long: templates.LongDesc(`
 			kubectl target reads the logs of targets, runs commands in them, attaches to them,
-			copies files to and from them and forwards ports to them.
+			copies files to and from them and forwards ports to them. It makes targets that
+			run a command, too.
 
 			Targets are listed, created, changed, scaled and deleted by kubectl itself, as in
 			'kubectl get targets'.`),

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"encoding/json"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -11,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -24,6 +27,7 @@ import (
 
 func TestCompletion(t *testing.T) {
 	web := process("web", func(target *v1.Target) {
+		target.Spec.AgentName = "edge"
 		target.Spec.Replicas = ptr.To[int32](2)
 		target.Spec.Ports = []v1.TargetPort{
 			{Name: "http", Port: 8080}, {Name: "admin", Port: 9090}, {Name: "dns", Port: 53, Protocol: v1.ProtocolUDP},
@@ -50,6 +54,9 @@ func TestCompletion(t *testing.T) {
 		"another target of a port-forward": {args: []string{"port-forward", "db", "80", "target/w"}, want: []string{"target/web", "target/worker"}},
 		"ports of another target":          {args: []string{"port-forward", "db", "80", "target/web", "80:d"}, want: []string{"80:dns"}},
 		"formats of a port-forward":        {args: []string{"port-forward", "web", "--output", ""}, want: []string{"json"}},
+		"agents of a target to run":        {args: []string{"run", "x", "--agent", ""}, want: []string{"edge"}},
+		"policies of a target to run":      {args: []string{"run", "x", "--restart", ""}, want: []string{"Always", "OnFailure", "Never"}},
+		"no name for what isn't there yet": {args: []string{"run", ""}},
 		"streams":                          {args: []string{"logs", "--stream", ""}, want: []string{"all", "stdout", "stderr"}},
 		"contexts":                         {args: []string{"logs", "--context", ""}, want: []string{"ctx"}},
 		"users":                            {args: []string{"logs", "--user", "m"}, want: []string{"me"}},
@@ -215,7 +222,7 @@ func TestVersion(t *testing.T) {
 }
 
 func TestHelpReadsAsKubectls(t *testing.T) {
-	for _, args := range [][]string{nil, {"logs"}, {"exec"}, {"attach"}, {"port-forward"}, {"version"}, {"completion"}, {"options"}} {
+	for _, args := range [][]string{nil, {"logs"}, {"run"}, {"exec"}, {"attach"}, {"port-forward"}, {"version"}, {"completion"}, {"options"}} {
 		cmd := startWith(t, genericiooptions.IOStreams{}, append(args, "-h")...)
 		if code := cmd.wait(); code != 0 {
 			t.Fatalf("%v: exit code %d, stderr %q", args, code, cmd.errOut)
@@ -231,4 +238,43 @@ func TestHelpReadsAsKubectls(t *testing.T) {
 			t.Errorf("%v: the help has no examples:\n%s", args, help)
 		}
 	}
+}
+
+// TestEveryCommandExplainsItself: help, examples, and completion of arguments
+// and of flags that take a value.
+func TestEveryCommandExplainsItself(t *testing.T) {
+	root := NewCommand(genericiooptions.IOStreams{In: strings.NewReader(""), Out: io.Discard, ErrOut: io.Discard})
+	root.InitDefaultHelpCmd()
+	var walk func(cmd *cobra.Command)
+	walk = func(cmd *cobra.Command) {
+		for _, sub := range cmd.Commands() {
+			walk(sub)
+		}
+		if cmd == root || cmd.Name() == "help" || cmd.Name() == "options" || cmd.Hidden {
+			return
+		}
+		path := cmd.CommandPath()
+		if len(cmd.Long) <= len(cmd.Short) {
+			t.Errorf("%s: no longer text than its short one", path)
+		}
+		if !strings.Contains(cmd.Example, " "+cmd.Name()) {
+			t.Errorf("%s: no example shows it", path)
+		}
+		for line := range strings.Lines(cmd.Example) {
+			line = strings.TrimSpace(line)
+			if line != "" && !strings.HasPrefix(line, "#") && !strings.Contains(line, "kubectl") {
+				t.Errorf("%s: an example is no command: %q", path, line)
+			}
+		}
+		noArguments := cmd.Args != nil && cmd.Args(cmd, []string{"argument"}) != nil && cmd.Args(cmd, nil) == nil
+		if cmd.ValidArgsFunction == nil && len(cmd.ValidArgs) == 0 && !noArguments {
+			t.Errorf("%s: its arguments aren't completed", path)
+		}
+		cmd.LocalNonPersistentFlags().VisitAll(func(flag *pflag.Flag) {
+			if _, ok := cmd.GetFlagCompletionFunc(flag.Name); !ok && flag.Value.Type() != "bool" {
+				t.Errorf("%s: the values of --%s aren't completed", path, flag.Name)
+			}
+		})
+	}
+	walk(root)
 }

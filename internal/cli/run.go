@@ -129,6 +129,7 @@ func newRunCommand(c *client) *cobra.Command {
 	cmdutil.AddDryRunFlag(cmd)
 
 	register(cmd, "restart", cobra.FixedCompletions([]string{string(v1.RestartAlways), string(v1.RestartOnFailure), string(v1.RestartNever)}, cobra.ShellCompDirectiveNoFileComp))
+	register(cmd, "output", cobra.FixedCompletions([]string{"json", "yaml", "name"}, cobra.ShellCompDirectiveNoFileComp))
 	register(cmd, "dry-run", cobra.FixedCompletions([]string{"none", "server", "client"}, cobra.ShellCompDirectiveNoFileComp))
 	register(cmd, "class", c.completeClasses)
 	register(cmd, "agent", c.completeAgents)
