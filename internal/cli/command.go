@@ -150,7 +150,8 @@ func (c *connection) dialCommand(ctx context.Context, s *session) (remote, error
 	}
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errNoAnswer):
-		return nil, c.unanswered(context.Background(), ctx, cause)
+		// It may have begun what it was asked to.
+		return nil, &brokenError{c.unanswered(context.Background(), ctx, cause)}
 	case cause != nil:
 		return nil, cause
 	}

@@ -264,13 +264,20 @@ func TestInterruptWithPausedOutput(t *testing.T) {
 
 func TestServerThatDoesNotAnswer(t *testing.T) {
 	forEachTransport(t, func(t *testing.T) {
-		for _, args := range [][]string{{"exec", "web", "--", "ls"}, {"attach", "web"}} {
+		for _, test := range []struct {
+			args     []string
+			wantCode int
+		}{
+			{[]string{"exec", "web", "--", "ls"}, exitBroken}, // it may have been started
+			{[]string{"attach", "web"}, 1},                    // which looks at the target first
+		} {
+			args := test.args
 			server := newTestServer(t, process("web"))
 			network := server.badNetwork()
 			network.stall()
 			cmd := server.start(nil, append([]string{"--peer-timeout=300ms"}, args...)...)
-			if code := cmd.wait(); code != 1 {
-				t.Errorf("%v: exit code %d, want 1", args, code)
+			if code := cmd.wait(); code != test.wantCode {
+				t.Errorf("%v: exit code %d, want %d", args, code, test.wantCode)
 			}
 			want := "error: the server doesn't answer: nothing has come from " + server.srv.URL + " for 300ms (--peer-timeout)\n"
 			if diff := cmp.Diff(want, cmd.errOut.String()); diff != "" {
