@@ -95,22 +95,17 @@ func (c *connection) dialCommandSPDY(ctx context.Context, session *session) (rem
 		wanted bool
 		name   string
 		to     *httpstream.Stream
-		// one says that only the other side sends.
-		one bool
 	}{
-		{true, corev1.StreamTypeError, &s.outcome, true},
-		{session.stdin, corev1.StreamTypeStdin, &s.stdin, false},
-		{true, corev1.StreamTypeStdout, &s.stdout, true},
-		{!session.raw, corev1.StreamTypeStderr, &s.stderr, true},
-		{session.raw, corev1.StreamTypeResize, &s.sizes, false},
+		{true, corev1.StreamTypeError, &s.outcome},
+		{session.stdin, corev1.StreamTypeStdin, &s.stdin},
+		{true, corev1.StreamTypeStdout, &s.stdout},
+		{!session.raw, corev1.StreamTypeStderr, &s.stderr},
+		{session.raw, corev1.StreamTypeResize, &s.sizes},
 	} {
 		if !stream.wanted {
 			continue
 		}
 		opened, err := conn.CreateStream(http.Header{corev1.StreamType: {stream.name}})
-		if err == nil && stream.one {
-			err = opened.Close()
-		}
 		if err != nil {
 			s.close()
 			return nil, fmt.Errorf("opening the stream %s: %w", stream.name, err)
