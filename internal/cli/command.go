@@ -44,8 +44,8 @@ var (
 	// errGivenUp is the cause with which a session ends whose user didn't want
 	// to wait for a silent server any longer.
 	errGivenUp = errors.New("the server had been silent, and you ended the session")
-	// errOver ends what belongs to a session that is over.
-	errOver = errors.New("the session is over")
+	// errSessionOver ends what belongs to a session that is over.
+	errSessionOver = errors.New("the session is over")
 )
 
 const (
@@ -240,7 +240,7 @@ func (s *session) guard(part func()) {
 				s.panicked = &panicked{value, debug.Stack()}
 			}
 			s.mu.Unlock()
-			s.cancel(errOver)
+			s.cancel(errSessionOver)
 		}
 	}()
 	part()
@@ -310,7 +310,7 @@ func (s *session) run(ctx context.Context, remote remote) error {
 	}
 	cause := context.Cause(over)
 	stop()
-	cancel(errOver)
+	cancel(errSessionOver)
 	remote.close()
 	parts.Wait()
 
@@ -325,9 +325,7 @@ func (s *session) run(ctx context.Context, remote remote) error {
 		return s.lost(cause)
 	case cause != nil:
 		return cause
-	case errors.As(last.err, new(*sinkError)) && errors.Is(last.err, syscall.EPIPE):
-		return terminated{syscall.SIGPIPE}
-	case errors.As(last.err, new(*sinkError)):
+	case errors.As(last.err, new(*outputError)):
 		return last.err
 	}
 	return s.lost(last.err)
@@ -366,14 +364,6 @@ func decodeStatus(text []byte) *metav1.Status {
 	}
 	return &status
 }
-
-// sinkError says that the command's output can't be written here.
-type sinkError struct {
-	err error
-}
-
-func (e *sinkError) Error() string { return "writing the command's output: " + e.err.Error() }
-func (e *sinkError) Unwrap() error { return e.err }
 
 // pump sends the input to its end.
 func (s *session) pump(ctx context.Context, remote remote) {

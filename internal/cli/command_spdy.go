@@ -131,7 +131,7 @@ func (s *spdyStreams) serve(stdout, stderr io.Writer) (*metav1.Status, error) {
 					n, err := from.Read(buf)
 					if _, err := to.Write(buf[:n]); err != nil {
 						mu.Lock()
-						failed = &sinkError{err}
+						failed = &outputError{err}
 						mu.Unlock()
 						s.close()
 						return

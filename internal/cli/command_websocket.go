@@ -114,7 +114,7 @@ func (c *channels) serve(stdout, stderr io.Writer) (*metav1.Status, error) {
 			var n int
 			n, err = c.pulse.read(func() (int, error) { return message.Read(buf) })
 			if _, err := to.Write(buf[:n]); err != nil {
-				return nil, &sinkError{err}
+				return nil, &outputError{err}
 			}
 		}
 		if !errors.Is(err, io.EOF) {
