@@ -148,7 +148,7 @@ func (c *connection) attach(ctx context.Context, local *console, o *attachOption
 
 // target fetches a target.
 func (c *connection) target(ctx context.Context, name string) (*v1.Target, error) {
-	bounded, cancel := context.WithTimeoutCause(ctx, c.peerTimeout, errNoAnswer)
+	bounded, cancel := context.WithTimeoutCause(ctx, c.peerTimeout, errUnresponsive)
 	defer cancel()
 	target, err := c.clientset.StreamingV1().Targets(c.namespace).Get(bounded, name, metav1.GetOptions{})
 	return target, c.unanswered(ctx, bounded, err)
@@ -162,8 +162,8 @@ func (c *connection) unanswered(ctx, bounded context.Context, err error) error {
 		return nil
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case errors.Is(context.Cause(bounded), errNoAnswer):
-		return fmt.Errorf("%w: nothing has come from %s for %v (--peer-timeout)", errNoAnswer, c.config.Host, c.peerTimeout)
+	case errors.Is(context.Cause(bounded), errUnresponsive):
+		return fmt.Errorf("%w: nothing has come from %s for %v (--peer-timeout)", errUnresponsive, c.config.Host, c.peerTimeout)
 	}
 	return err
 }

@@ -39,8 +39,8 @@ func (e *brokenError) Error() string { return e.err.Error() }
 func (e *brokenError) Unwrap() error { return e.err }
 
 var (
-	// errNoAnswer ends the wait for the answer to a request.
-	errNoAnswer = errors.New("the server doesn't answer")
+	// errUnresponsive ends the wait for the answer to a request.
+	errUnresponsive = errors.New("the server doesn't answer")
 	// errGivenUp is the cause with which a session ends whose user didn't want
 	// to wait for a silent server any longer.
 	errGivenUp = errors.New("the server had been silent, and you ended the session")
@@ -98,7 +98,7 @@ func (c *connection) stream(ctx context.Context, local *console, r request) erro
 	signal.Notify(pipes, syscall.SIGPIPE)
 	defer signal.Stop(pipes)
 
-	s := &session{request: r, console: local, cancel: cancel, patience: c.peerTimeout}
+	s := &commandSession{request: r, console: local, cancel: cancel, patience: c.peerTimeout}
 	if err := s.prepare(); err != nil {
 		return err
 	}
@@ -114,8 +114,8 @@ func (c *connection) stream(ctx context.Context, local *console, r request) erro
 // dialCommand opens a session by WebSocket, or by SPDY where that doesn't get
 // through. KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false leaves SPDY alone, as for
 // kubectl.
-func (c *connection) dialCommand(ctx context.Context, s *session) (remote, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.peerTimeout, errNoAnswer)
+func (c *connection) dialCommand(ctx context.Context, s *commandSession) (remote, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.peerTimeout, errUnresponsive)
 	defer cancel()
 	type result struct {
 		remote remote
@@ -149,7 +149,7 @@ func (c *connection) dialCommand(ctx context.Context, s *session) (remote, error
 	case <-ctx.Done():
 	}
 	switch cause := context.Cause(ctx); {
-	case errors.Is(cause, errNoAnswer):
+	case errors.Is(cause, errUnresponsive):
 		// It may have begun what it was asked to.
 		return nil, &brokenError{c.unanswered(context.Background(), ctx, cause)}
 	case cause != nil:
@@ -206,8 +206,8 @@ func (p *pulse) read(read func() (int, error)) (int, error) {
 
 func (p *pulse) beat() { p.beats.Add(1) }
 
-// session is one run of a command, seen from here.
-type session struct {
+// commandSession is one run of a command, seen from here.
+type commandSession struct {
 	request
 	*console
 	cancel   context.CancelCauseFunc
@@ -232,7 +232,7 @@ type panicked struct {
 func (p *panicked) String() string { return fmt.Sprintf("%v\n\n%s", p.value, p.stack) }
 
 // guard runs a part of the session.
-func (s *session) guard(part func()) {
+func (s *commandSession) guard(part func()) {
 	defer func() {
 		if value := recover(); value != nil {
 			s.mu.Lock()
@@ -247,7 +247,7 @@ func (s *session) guard(part func()) {
 }
 
 // prepare makes the input.
-func (s *session) prepare() error {
+func (s *commandSession) prepare() error {
 	if !s.stdin {
 		return nil
 	}
@@ -269,7 +269,7 @@ func (s *session) prepare() error {
 //	input ──► remote ──► stdout, stderr
 //	            │ status, or why there is none
 //	watch ──────┴──► the session's end
-func (s *session) run(ctx context.Context, remote remote) error {
+func (s *commandSession) run(ctx context.Context, remote remote) error {
 	if s.raw && s.nudge && os.Getenv("TERM") != "dumb" {
 		// What the last lines look like was chosen before them.
 		fmt.Fprint(s.Out, plainText)
@@ -331,12 +331,12 @@ func (s *session) run(ctx context.Context, remote remote) error {
 	return s.lost(last.err)
 }
 
-func (s *session) lost(err error) error {
+func (s *commandSession) lost(err error) error {
 	return &brokenError{fmt.Errorf("the connection to the server was lost: %w; %s", err, s.broken)}
 }
 
 // outcome is what a server's status says.
-func (s *session) outcome(status *metav1.Status) error {
+func (s *commandSession) outcome(status *metav1.Status) error {
 	switch {
 	case status.Status == metav1.StatusSuccess:
 		return nil
@@ -366,7 +366,7 @@ func decodeStatus(text []byte) *metav1.Status {
 }
 
 // pump sends the input to its end.
-func (s *session) pump(ctx context.Context, remote remote) {
+func (s *commandSession) pump(ctx context.Context, remote remote) {
 	in := s.input
 	if s.raw {
 		in = newKeyboard(ctx, in, s.typed)
@@ -386,7 +386,7 @@ func (s *session) pump(ctx context.Context, remote remote) {
 }
 
 // typed looks at what the user types while the server is silent.
-func (s *session) typed(before byte, keys []byte) {
+func (s *commandSession) typed(before byte, keys []byte) {
 	if s.silent.Load() && wantsOut(before, keys) {
 		s.cancel(errGivenUp)
 	}
@@ -395,7 +395,7 @@ func (s *session) typed(before byte, keys []byte) {
 // watch ends the session when nothing has come from the server for as long as
 // it is believed in. A tick that comes late counts for no more than others:
 // this process, or its machine, slept.
-func (s *session) watch(ctx context.Context, end context.CancelCauseFunc) {
+func (s *commandSession) watch(ctx context.Context, end context.CancelCauseFunc) {
 	tick := max(min(s.patience/20, time.Second), time.Millisecond)
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
@@ -428,7 +428,7 @@ func (s *session) watch(ctx context.Context, end context.CancelCauseFunc) {
 }
 
 // resizes sends the terminal's sizes.
-func (s *session) resizes(ctx context.Context, remote remote) {
+func (s *commandSession) resizes(ctx context.Context, remote remote) {
 	if s.nudge && s.size != nil {
 		// A change of size makes programs draw their screen again, also when the
 		// size is the one that the last client had.

@@ -7,16 +7,13 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/remotecommand"
-	"k8s.io/client-go/rest"
 	"k8s.io/streaming/pkg/httpstream"
 	"k8s.io/streaming/pkg/httpstream/spdy"
 )
@@ -37,48 +34,7 @@ type spdyStreams struct {
 
 var _ remote = (*spdyStreams)(nil)
 
-// upgradeSPDY upgrades a plain HTTP/1.1 connection. net/http does the upgrade
-// itself, so that proxies and a cancelled context work as for any request.
-func (c *connection) upgradeSPDY(ctx context.Context, target string, u *url.URL, protocol string) (io.ReadWriteCloser, error) {
-	tlsConfig, proxy, err := c.upgradeConfig()
-	if err != nil {
-		return nil, err
-	}
-	base := &http.Transport{
-		Proxy:           proxy,
-		TLSClientConfig: tlsConfig,
-		DialContext:     c.config.Dial,
-		// A connection that wasn't upgraded is of no more use.
-		DisableKeepAlives: true,
-	}
-	roundTripper, err := rest.HTTPWrappersForConfig(c.config, base)
-	if err != nil {
-		return nil, err
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, u.String(), nil)
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set(httpstream.HeaderConnection, httpstream.HeaderUpgrade)
-	req.Header.Set(httpstream.HeaderUpgrade, spdy.HeaderSpdy31)
-	req.Header.Set(httpstream.HeaderProtocolVersion, protocol)
-	resp, err := roundTripper.RoundTrip(req)
-	if err != nil {
-		return nil, &url.Error{Op: "Post", URL: c.config.Host, Err: err}
-	}
-	upgraded, ok := resp.Body.(io.ReadWriteCloser)
-	if resp.StatusCode != http.StatusSwitchingProtocols || !ok || !strings.EqualFold(resp.Header.Get(httpstream.HeaderUpgrade), spdy.HeaderSpdy31) {
-		defer resp.Body.Close()
-		return nil, responseError(resp, target)
-	}
-	if got := resp.Header.Get(httpstream.HeaderProtocolVersion); got != protocol {
-		upgraded.Close()
-		return nil, fmt.Errorf("unable to negotiate protocol: client supports %q, server returned %q", protocol, got)
-	}
-	return upgraded, nil
-}
-
-func (c *connection) dialCommandSPDY(ctx context.Context, session *session) (remote, error) {
+func (c *connection) dialCommandSPDY(ctx context.Context, session *commandSession) (remote, error) {
 	upgraded, err := c.upgradeSPDY(ctx, session.target, session.url, remotecommand.StreamProtocolV4Name)
 	if err != nil {
 		return nil, err

@@ -36,7 +36,7 @@ type channels struct {
 
 var _ remote = (*channels)(nil)
 
-func (c *connection) dialCommandWebSocket(ctx context.Context, session *session) (remote, error) {
+func (c *connection) dialCommandWebSocket(ctx context.Context, session *commandSession) (remote, error) {
 	roundTripper, holder, err := websocket.RoundTripperFor(c.config)
 	if err != nil {
 		return nil, err

@@ -279,7 +279,7 @@ func (o *runOptions) create(ctx context.Context, conn *connection, target *v1.Ta
 	if o.dryRun == cmdutil.DryRunServer {
 		options.DryRun = []string{metav1.DryRunAll}
 	}
-	bounded, cancel := context.WithTimeoutCause(ctx, conn.peerTimeout, errNoAnswer)
+	bounded, cancel := context.WithTimeoutCause(ctx, conn.peerTimeout, errUnresponsive)
 	defer cancel()
 	created, err := conn.clientset.StreamingV1().Targets(conn.namespace).Create(bounded, target, options)
 	if err != nil && bounded.Err() != nil {

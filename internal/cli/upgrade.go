@@ -28,8 +28,6 @@ import (
 )
 
 const (
-	// pingPeriod is how often the server of a command is pinged.
-	pingPeriod = 10 * time.Second
 	// pingsInPatience is how many pings a server may leave unanswered before it
 	// is given up, about.
 	pingsInPatience = 4
@@ -102,9 +100,18 @@ func (c *connection) dialWebSocket(ctx context.Context, u *url.URL) (tunnel, err
 	return newSPDYTunnel(transport, ws.Subprotocol(), c.config.Host)
 }
 
-// dialSPDY upgrades a plain HTTP/1.1 connection. net/http does the upgrade
-// itself, so that proxies and a cancelled context work as for any request.
+// dialSPDY opens a session by SPDY.
 func (c *connection) dialSPDY(ctx context.Context, target string, u *url.URL) (tunnel, error) {
+	upgraded, err := c.upgradeSPDY(ctx, target, u, portforward.PortForwardProtocolV1Name)
+	if err != nil {
+		return nil, err
+	}
+	return newSPDYTunnel(newSPDYTransport(upgraded, c.peerTimeout), portforward.PortForwardProtocolV1Name, c.config.Host)
+}
+
+// upgradeSPDY upgrades a plain HTTP/1.1 connection. net/http does the upgrade
+// itself, so that proxies and a cancelled context work as for any request.
+func (c *connection) upgradeSPDY(ctx context.Context, target string, u *url.URL, protocol string) (io.ReadWriteCloser, error) {
 	tlsConfig, proxy, err := c.upgradeConfig()
 	if err != nil {
 		return nil, err
@@ -126,7 +133,7 @@ func (c *connection) dialSPDY(ctx context.Context, target string, u *url.URL) (t
 	}
 	req.Header.Set(httpstream.HeaderConnection, httpstream.HeaderUpgrade)
 	req.Header.Set(httpstream.HeaderUpgrade, spdy.HeaderSpdy31)
-	req.Header.Set(httpstream.HeaderProtocolVersion, portforward.PortForwardProtocolV1Name)
+	req.Header.Set(httpstream.HeaderProtocolVersion, protocol)
 	resp, err := roundTripper.RoundTrip(req)
 	if err != nil {
 		return nil, &url.Error{Op: "Post", URL: c.config.Host, Err: err}
@@ -136,11 +143,11 @@ func (c *connection) dialSPDY(ctx context.Context, target string, u *url.URL) (t
 		defer resp.Body.Close()
 		return nil, responseError(resp, target)
 	}
-	if got := resp.Header.Get(httpstream.HeaderProtocolVersion); got != portforward.PortForwardProtocolV1Name {
+	if got := resp.Header.Get(httpstream.HeaderProtocolVersion); got != protocol {
 		upgraded.Close()
-		return nil, fmt.Errorf("unable to negotiate protocol: client supports %q, server returned %q", portforward.PortForwardProtocolV1Name, got)
+		return nil, fmt.Errorf("unable to negotiate protocol: client supports %q, server returned %q", protocol, got)
 	}
-	return newSPDYTunnel(newSPDYTransport(upgraded, c.peerTimeout), portforward.PortForwardProtocolV1Name, c.config.Host)
+	return upgraded, nil
 }
 
 // spdyTransport is the connection below SPDY. It reads along, because the SPDY
