@@ -15,7 +15,6 @@ import (
 	"github.com/spf13/cobra"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/tools/remotecommand"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 	"k8s.io/kubectl/pkg/util/templates"
 	"k8s.io/kubectl/pkg/util/term"
@@ -87,6 +86,7 @@ func newCpCommand(c *client) *cobra.Command {
 
 			# Copy from a target in namespace shop
 			kubectl target cp shop/web:/etc/hosts ./hosts`),
+		ValidArgsFunction: c.completeCopy,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !cmd.Flags().Changed("progress") {
 				o.progress = isTerminal(c.ErrOut)
@@ -102,8 +102,22 @@ func newCpCommand(c *client) *cobra.Command {
 	cmd.Flags().BoolVarP(&o.quiet, "quiet", "q", false, "Print errors only")
 	cmd.Flags().BoolVar(&o.progress, "progress", false, "Show how far the copy is. If omitted, it is shown on a terminal")
 	cmd.Flags().IntVar(&o.retries, "retries", 10, "How often in a row to try to go on after a lost connection without getting any further")
+	register(cmd, "retries", cobra.NoFileCompletions)
 	addInstanceFlag(cmd, c, &instance)
 	return cmd
+}
+
+// completeCopy completes targets, which a path follows; local files are the
+// shell's to complete.
+func (c *client) completeCopy(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
+	if len(args) >= 2 || strings.HasPrefix(toComplete, "/") || strings.HasPrefix(toComplete, ".") || strings.Contains(toComplete, ":") {
+		return nil, cobra.ShellCompDirectiveDefault
+	}
+	refs, _ := c.completeRef(cmd.Context(), toComplete)
+	for i := range refs {
+		refs[i] += ":"
+	}
+	return refs, cobra.ShellCompDirectiveNoSpace
 }
 
 func (o *cpOptions) complete(cmd *cobra.Command, args []string, instance string) error {
@@ -316,7 +330,8 @@ func (c *connection) runner(target string) runFunc {
 		if err := r.Error(); err != nil {
 			return err
 		}
-		return c.stream(ctx, term.TTY{}, target, r.URL(), remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Stderr: stderr})
+		local := &console{stdio: stdio{stdin: true}, TTY: term.TTY{In: stdin, Out: stdout}, ErrOut: stderr}
+		return c.stream(ctx, local, request{ref: ref{target, instance}, url: r.URL(), broken: "the copy isn't complete"})
 	}
 }
 
