@@ -234,7 +234,10 @@ func (o *cpOptions) copyAll(ctx context.Context, show *copyDisplay) error {
 			}
 			return errors.New(printable(fatal.Text))
 		}
-		if met = met || result.Met; !met || !worthRetrying(err) {
+		// A session that stood and broke is the same to the user, whether the
+		// two ends had met or were about to.
+		_, broken := errors.AsType[*brokenError](err)
+		if met = met || result.Met; !met && !broken || !worthRetrying(err) {
 			return err
 		}
 		// Another instance wouldn't have what this one has.

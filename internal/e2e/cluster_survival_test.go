@@ -47,9 +47,9 @@ kind: Target
 metadata: {name: echo}
 spec:
   agentName: local
-  process: {command: [%s], env: [{name: %s, value: "127.0.0.1:$(AASERVER_PORT_ECHO)"}]}
+  process: {command: [%s]}
   ports: [{name: echo, port: 7}]
-`, self, echoAddress), "echo")
+`, self), "echo")
 	s.create(s.ns, strings.Replace(strings.Replace(sleeper("ticks", ""), `[sleep, ""]`, `[sh, -c, 'i=0; while :; do i=$((i+1)); echo "line $i"; sleep 0.02; done']`, 1), "spec:\n", "spec:\n  replicas: 3\n", 1), "ticks")
 
 	log := s.followAll(t)
@@ -268,9 +268,12 @@ func (s *survival) copies(t *testing.T) []func(t *testing.T) {
 	for name, way := range map[string]struct {
 		from, to, arrives string
 	}{
-		"to the target":   {source, "echo:" + filepath.Join(dir, "up"), filepath.Join(dir, "up")},
-		"from the target": {"echo:" + source, filepath.Join(dir, "down"), filepath.Join(dir, "down")},
+		"to the target":   {source, "echo:" + filepath.Join(dir, "up", "copy"), filepath.Join(dir, "up", "copy")},
+		"from the target": {"echo:" + source, filepath.Join(dir, "down", "copy"), filepath.Join(dir, "down", "copy")},
 	} {
+		if err := os.Mkdir(filepath.Dir(way.arrives), 0o755); err != nil {
+			t.Fatal(err)
+		}
 		cmd := s.user.command(t.Context(), binaries.plugin, s.plugin("cp", "--retries=100", way.from, way.to)...)
 		var output bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &output, &output
@@ -285,6 +288,13 @@ func (s *survival) copies(t *testing.T) []func(t *testing.T) {
 		t.Cleanup(func() {
 			cmd.Process.Kill()
 			<-ended
+		})
+		eventually(t, "the copy "+name+" has begun", 30*time.Second, func() error {
+			begun, err := os.ReadDir(filepath.Dir(way.arrives))
+			if err == nil && len(begun) == 0 {
+				err = errors.New("nothing has arrived")
+			}
+			return err
 		})
 		ends = append(ends, func(t *testing.T) {
 			select {

@@ -5,11 +5,12 @@ import (
 	"net"
 )
 
-// echoAddress, in the environment of the test's binary, makes it a server that
-// echoes on that address, over TCP and UDP: what targets run to be forwarded to.
-const echoAddress = "AASERVER_E2E_ECHO"
+// echoPort, in the environment of the test's binary, makes it a server that
+// echoes on that port, over TCP and UDP: what targets run to be forwarded to.
+const echoPort = "AASERVER_PORT_ECHO"
 
-func echo(address string) error {
+func echo(port string) error {
+	address := net.JoinHostPort("127.0.0.1", port)
 	packets, err := net.ListenPacket("udp", address)
 	if err != nil {
 		return err

@@ -32,8 +32,8 @@ var endWithTests *syscall.SysProcAttr
 var atEnd []func()
 
 func TestMain(m *testing.M) {
-	if address := os.Getenv(echoAddress); address != "" {
-		fmt.Fprintln(os.Stderr, echo(address))
+	if port := os.Getenv(echoPort); port != "" {
+		fmt.Fprintln(os.Stderr, echo(port))
 		os.Exit(1)
 	}
 	os.Exit(runTests(m))
