@@ -304,7 +304,8 @@ func (c *muxConn) forget(s *MuxStream) {
 	if known {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		c.growth.Add(int64(s.window - muxWindow))
+		s.forgotten = true
+		s.giveBack()
 	}
 }
 
@@ -548,6 +549,10 @@ type MuxStream struct {
 	left   int   // how much of it the peer may still use
 	taken  int   // what was read and the peer hasn't been told of
 	since  int64 // when the peer was last told
+	grown  int   // by how much the window has grown, until that is given back
+
+	forgotten bool // nothing more is to come
+	discarded bool // nothing more is read
 }
 
 var (
@@ -650,6 +655,7 @@ func (s *MuxStream) consumed(n int) {
 	s.mu.Lock()
 	s.taken += n
 	if s.ended || s.taken < min(s.window/2, muxReport) {
+		s.giveBack()
 		s.mu.Unlock()
 		return
 	}
@@ -660,6 +666,7 @@ func (s *MuxStream) consumed(n int) {
 	if s.window < muxMaxWindow && 8*float64(delta)*float64(rtt) > float64(s.window)*float64(elapsed) {
 		more := s.conn.grow(min(s.window, muxMaxWindow-s.window))
 		s.window += more
+		s.grown += more
 		delta += more
 	}
 	s.taken, s.since = 0, now
@@ -682,6 +689,25 @@ func (c *muxConn) grow(n int) int {
 			return n
 		}
 	}
+}
+
+// giveBack lets other windows grow by what this one has, once that holds no
+// memory any more: nothing is to come, and what came and waits to be read isn't
+// more than any stream may have. mu is held.
+func (s *MuxStream) giveBack() {
+	if s.forgotten && (s.discarded || s.window-s.left-s.taken <= muxWindow) {
+		s.conn.growth.Add(int64(s.grown))
+		s.grown = 0
+	}
+}
+
+// discard says that nothing more is read.
+func (s *MuxStream) discard() {
+	s.in.Close()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.discarded = true
+	s.giveBack()
 }
 
 // flags are those of the stream's next frame. mu is held.
@@ -915,7 +941,7 @@ func (s *MuxStream) Close() error {
 	s.dropped = true
 	unread := !s.ended && s.left+s.taken < s.window
 	s.mu.Unlock()
-	s.in.Close()
+	s.discard()
 	if unread {
 		return s.Reset()
 	}
@@ -935,7 +961,7 @@ func (s *MuxStream) Reset() error {
 	over := s.broken != nil || s.sent && s.ended
 	s.mu.Unlock()
 	s.end(ErrStreamReset)
-	s.in.Close()
+	s.discard()
 	s.conn.forget(s)
 	if !over {
 		s.conn.say(muxUpdate, muxRST, s.id, 0)

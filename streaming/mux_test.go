@@ -660,6 +660,56 @@ func TestMuxWindowsGrowOnALongWay(t *testing.T) {
 	}
 }
 
+// TestMuxGrowthIsHeldByWhatIsUnread: a stream that has ended may still hold all
+// that its window has let in.
+func TestMuxGrowthIsHeldByWhatIsUnread(t *testing.T) {
+	const memory = 32 << 20
+	for name, test := range map[string]struct {
+		done func(*testing.T, *MuxStream)
+	}{
+		"until it is read": {func(t *testing.T, s *MuxStream) {
+			if _, err := io.Copy(io.Discard, s); !errors.Is(err, ErrStreamReset) {
+				t.Errorf("reading: %v", err)
+			}
+		}},
+		"until nobody will read it": {func(t *testing.T, s *MuxStream) { s.Close() }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newMuxConn(&wsConn{link: &link{start: time.Now()}}, false, memory)
+			c.stopped = true // nothing is sent
+			c.rtt.Store(int64(time.Hour))
+			s := newMuxStream(c, 1)
+			c.streams[1] = s
+			receive := func(n int) {
+				t.Helper()
+				if !s.admit(uint32(n)) {
+					t.Fatalf("%d bytes aren't admitted", n)
+				}
+				if err := s.in.receive(endless{}, int64(n)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for s.window < muxMaxWindow {
+				n := s.left
+				receive(n)
+				if _, err := io.CopyN(io.Discard, s, int64(n)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			receive(s.left)
+			s.end(ErrStreamReset)
+			c.forget(s)
+			if got, want := c.growth.Load(), int64(memory-(muxMaxWindow-muxWindow)); got != want {
+				t.Errorf("with all of its window unread, windows may grow by %d, want %d", got, want)
+			}
+			test.done(t, s)
+			if got := c.growth.Load(); got != memory {
+				t.Errorf("after it, windows may grow by %d, want %d", got, memory)
+			}
+		})
+	}
+}
+
 func TestMuxSessionsEndIsTold(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	s := newServer(t, func(w http.ResponseWriter, r *http.Request) error {

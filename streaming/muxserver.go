@@ -387,7 +387,7 @@ func (f *forwarder) joinMux(ctx context.Context, s *MuxStream, backend PortStrea
 		default:
 			closeBackend(hangUp)
 		}
-		s.in.Close()
+		s.discard()
 	})
 	_, err := s.ReadFrom(r)
 	if err == nil || s.datagrams {
