@@ -65,6 +65,9 @@ func (s *Starter) Start(title string, command *Command, stdin, stdout, stderr *o
 	s.mu.Unlock()
 	defer s.refill()
 	if c != nil {
+		// It has waited long enough to be stopped by a command of its user that
+		// stops whatever it may.
+		c.shim.Signal(syscall.SIGCONT)
 		err := c.run(title, command, stdin, stdout, stderr)
 		if err != errNoShim { //nolint:errorlint // it is never wrapped
 			if err != nil {
@@ -223,13 +226,14 @@ func (c *Child) start(title string, command *Command, streams ...*os.File) error
 	for _, f := range streams {
 		fds = append(fds, int(f.Fd()))
 	}
+	// A command may be more than what is taken without being read.
+	c.control.SetDeadline(time.Now().Add(startPatience))
 	if err := c.send(frame(frameStart, command.encodeStart(title)), syscall.UnixRights(fds...)); err != nil {
 		return err
 	}
 	runtime.KeepAlive(streams)
-	c.control.SetReadDeadline(time.Now().Add(startPatience))
 	kind, payload, err := readFrame(c.control)
-	c.control.SetReadDeadline(time.Time{})
+	c.control.SetDeadline(time.Time{})
 	switch {
 	case errors.Is(err, syscall.ECONNRESET):
 		return errNoShim // it left unread what it was sent

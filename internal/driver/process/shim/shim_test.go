@@ -169,6 +169,14 @@ func TestStarterKeepsAShimInReserve(t *testing.T) {
 	if used := echo(t, &s); used == killed {
 		t.Errorf("the shim %d was used, which had been killed", used)
 	}
+	// One that was stopped goes on, and before it would be given up.
+	stopped := awaitReserve(t, &s)
+	if err := syscall.Kill(stopped, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if used := echo(t, &s); used != stopped {
+		t.Errorf("the shim %d was used, and not %d, which had been stopped", used, stopped)
+	}
 	// Nor does one that can't run its command, come back.
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
