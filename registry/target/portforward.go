@@ -445,6 +445,15 @@ func (s *sharedStream) Close() error {
 // with nothing left to send. Package streaming tells a client's reset by it.
 type lingerer interface{ SetLinger(seconds int) error }
 
+// hangUp closes a connection that is refused, with a reset if it can be: its peer
+// isn't to take that for an end in order.
+func hangUp(stream driver.Stream) {
+	if tcp, ok := stream.(lingerer); ok {
+		tcp.SetLinger(0)
+	}
+	stream.Close()
+}
+
 type resettable struct {
 	*sharedStream
 	lingerer
@@ -529,7 +538,7 @@ func (r *reverse) Accept() (streaming.PortStream, error) {
 		}
 		if err := r.allowed(); err == nil {
 			return r.share(r.on, stream), nil
-		} else if stream.Close(); apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
+		} else if hangUp(stream); apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 			r.Close()
 			r.leave(r.on)
 			return nil, err

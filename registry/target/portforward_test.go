@@ -199,6 +199,13 @@ func (s *fakeStream) isClosed() bool {
 	return s.closed > 0
 }
 
+// isReset says whether it was closed as TCP connections are to be reset.
+func (s *fakeStream) isReset() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closed > 0 && s.linger == 0
+}
+
 type fakeListener struct {
 	port    uint16
 	pending chan *fakeStream
@@ -523,7 +530,7 @@ func TestReverseForward(t *testing.T) {
 		t.Fatal(err)
 	}
 	comes := func() *fakeStream {
-		stream := &fakeStream{Reader: strings.NewReader("hello")}
+		stream := &fakeStream{Reader: strings.NewReader("hello"), linger: -1}
 		d.listener.pending <- stream
 		return stream
 	}
@@ -548,8 +555,8 @@ func TestReverseForward(t *testing.T) {
 	}
 	io.WriteString(got.stream, "you too")
 	got.stream.Close()
-	if in, out := f.session.Bytes(); in != 7 || out != 5 || first.got != "you too" || !first.isClosed() {
-		t.Errorf("%d bytes in, %d out, %q arrived, closed %v", in, out, first.got, first.isClosed())
+	if in, out := f.session.Bytes(); in != 7 || out != 5 || first.got != "you too" || !first.isClosed() || first.isReset() {
+		t.Errorf("%d bytes in, %d out, %q arrived, closed %v, reset %v", in, out, first.got, first.isClosed(), first.isReset())
 	}
 
 	// What the class says isn't known: that one is refused, and the next is not.
@@ -560,8 +567,8 @@ func TestReverseForward(t *testing.T) {
 	if got.err != nil {
 		t.Fatalf("after a class that couldn't be read: %v", got.err)
 	}
-	if !refused.isClosed() || next.isClosed() {
-		t.Errorf("refused is closed: %v, and the one after it: %v", refused.isClosed(), next.isClosed())
+	if !refused.isReset() || next.isClosed() {
+		t.Errorf("refused is reset: %v, and the one after it closed: %v", refused.isReset(), next.isClosed())
 	}
 	open := got.stream
 
@@ -571,8 +578,8 @@ func TestReverseForward(t *testing.T) {
 	denied := comes()
 	got = <-accepted
 	wantStatus(t, got.err, http.StatusForbidden, "does not allow that port 9000 is listened to")
-	if !denied.isClosed() {
-		t.Error("a connection that the class denies is open")
+	if !denied.isReset() {
+		t.Error("a connection that the class denies isn't reset")
 	}
 	select {
 	case <-d.listener.closed:

@@ -409,10 +409,13 @@ func (l *listener) accept(tcp net.Listener) {
 		connection, err := tcp.Accept()
 		if err == nil {
 			wait = 0
+			tcp := connection.(*net.TCPConn)
 			select {
-			case l.accepted <- connection.(*net.TCPConn):
+			case l.accepted <- tcp:
 			case <-l.ended:
-				connection.Close()
+				// A reset, as the kernel has for those in its queue.
+				tcp.SetLinger(0)
+				tcp.Close()
 			}
 			continue
 		}

@@ -353,6 +353,38 @@ func TestListenersEndWithTheirInstance(t *testing.T) {
 	}
 }
 
+// TestWhoeverWaitsAtAListenersEndIsReset, and doesn't read an end in order.
+func TestWhoeverWaitsAtAListenersEndIsReset(t *testing.T) {
+	d, req := running(t)
+	l, err := open(t, d, req.Target).ListenPort(t.Context(), []v1.PortRange{{Port: 1024, EndPort: 65535}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var clients []net.Conn
+	for range 3 { // the first may be with the listener, the others in the kernel's queue
+		client, err := net.Dial("tcp", (&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(l.Port())}).String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		clients = append(clients, client)
+	}
+	first, err := l.Accept() // the second is with it by now, or soon
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, client := range clients[1:] {
+		client.SetDeadline(time.Now().Add(30 * time.Second))
+		if n, err := client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("read %d bytes, %v, want a reset", n, err)
+		}
+	}
+}
+
 func second[T any](_ T, err error) error { return err }
 
 // TestCloseEndsListeners, and whoever connects without being accepted.
