@@ -199,6 +199,10 @@ func openSocket(path string) (*os.File, error) {
 			return nil, viaLink(path, name)
 		case i == len(elements)-1 && kind != unix.S_IFSOCK:
 			return nil, driver.Errorf(driver.Invalid, "%s is no unix socket", path)
+		case i == len(elements)-1 && stat.Nlink > 1:
+			// Where fs.protected_hardlinks is 0, whoever may write to a directory
+			// can give it a name of anybody's socket.
+			return nil, driver.Errorf(driver.Invalid, "the unix socket %s has %d names, hard links, and isn't connected to, because it may be one that the class doesn't allow: remove the others", path, stat.Nlink)
 		}
 	}
 	socket := at

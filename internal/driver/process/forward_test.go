@@ -131,6 +131,8 @@ func TestSocketsThatAreNotWhatTheySeem(t *testing.T) {
 	must(os.Symlink(in("secret/docker.sock"), in("open/link")))
 	must(os.Symlink("../secret", in("open/dir")))
 	must(os.Symlink("nowhere", in("open/broken")))
+	echo(t, "unix", in("secret/second.sock"))
+	must(os.Link(in("secret/second.sock"), in("open/hard")))
 	must(os.WriteFile(in("open/file"), nil, 0o600))
 	must(unix.Mkfifo(in("open/fifo"), 0o600))
 	for name, network := range map[string]string{"open/datagrams": "unixgram", "open/packets": "unixpacket"} {
@@ -156,17 +158,18 @@ func TestSocketsThatAreNotWhatTheySeem(t *testing.T) {
 		wantKind driver.Kind
 		want     string // "" is a connection
 	}{
-		"a socket":                 {"open/app.sock", 0, ""},
-		"a link to another socket": {"open/link", driver.Invalid, link("open/link", "open/link", ": name "+in("secret/docker.sock")+" instead")},
-		"a linked directory":       {"open/dir/docker.sock", driver.Invalid, link("open/dir/docker.sock", "open/dir", ": name "+in("secret/docker.sock")+" instead")},
-		"a link to nothing":        {"open/broken", driver.Invalid, link("open/broken", "open/broken", "; it leads to nothing")},
-		"a file":                   {"open/file", driver.Invalid, in("open/file") + " is no unix socket"},
-		"a named pipe":             {"open/fifo", driver.Invalid, in("open/fifo") + " is no unix socket"},
-		"a directory":              {"open", driver.Invalid, in("open") + " is no unix socket"},
-		"below a file":             {"open/file/x", driver.NotFound, "there is no unix socket " + in("open/file/x") + ": " + in("open/file") + " is no directory"},
-		"nothing":                  {"open/none/x", driver.NotFound, "there is no unix socket " + in("open/none/x") + ": " + in("open/none") + " doesn't exist"},
-		"datagrams":                {"open/datagrams", driver.Invalid, in("open/datagrams") + " is a unix socket of another type: only stream sockets can be forwarded"},
-		"packets":                  {"open/packets", driver.Invalid, in("open/packets") + " is a unix socket of another type: only stream sockets can be forwarded"},
+		"a socket":                     {"open/app.sock", 0, ""},
+		"a link to another socket":     {"open/link", driver.Invalid, link("open/link", "open/link", ": name "+in("secret/docker.sock")+" instead")},
+		"a linked directory":           {"open/dir/docker.sock", driver.Invalid, link("open/dir/docker.sock", "open/dir", ": name "+in("secret/docker.sock")+" instead")},
+		"a link to nothing":            {"open/broken", driver.Invalid, link("open/broken", "open/broken", "; it leads to nothing")},
+		"another socket's second name": {"open/hard", driver.Invalid, "the unix socket " + in("open/hard") + " has 2 names, hard links, and isn't connected to, because it may be one that the class doesn't allow: remove the others"},
+		"a file":                       {"open/file", driver.Invalid, in("open/file") + " is no unix socket"},
+		"a named pipe":                 {"open/fifo", driver.Invalid, in("open/fifo") + " is no unix socket"},
+		"a directory":                  {"open", driver.Invalid, in("open") + " is no unix socket"},
+		"below a file":                 {"open/file/x", driver.NotFound, "there is no unix socket " + in("open/file/x") + ": " + in("open/file") + " is no directory"},
+		"nothing":                      {"open/none/x", driver.NotFound, "there is no unix socket " + in("open/none/x") + ": " + in("open/none") + " doesn't exist"},
+		"datagrams":                    {"open/datagrams", driver.Invalid, in("open/datagrams") + " is a unix socket of another type: only stream sockets can be forwarded"},
+		"packets":                      {"open/packets", driver.Invalid, in("open/packets") + " is a unix socket of another type: only stream sockets can be forwarded"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stream, err := c.DialSocket(t.Context(), in(tt.path))
