@@ -129,10 +129,12 @@ type forwarding struct {
 // reached is an open instance, which streams share.
 type reached struct {
 	name string
-	// opened is closed when conn or err is set.
+	// opened is closed when what follows is set.
 	opened chan struct{}
 	conn   driver.Conn
 	err    error
+	// givenUp says that err is only of the stream that opened it.
+	givenUp bool
 	// generation is that of the target that it was opened for: its driver goes
 	// by that one's spec, and so has to be what the class was asked about.
 	generation int64
@@ -368,6 +370,9 @@ func (f *forwarding) reach(ctx context.Context, target *v1.Target, name string) 
 		}
 		if conn.err != nil {
 			f.leave(conn)
+			if conn.givenUp && ctx.Err() == nil {
+				return f.reach(ctx, target, name) // it isn't found any more
+			}
 			return nil, conn.err
 		}
 		return conn, nil
@@ -381,13 +386,15 @@ func (f *forwarding) reach(ctx context.Context, target *v1.Target, name string) 
 	}
 
 	conn.conn, conn.err = f.open(ctx, &access{target: target}, name)
-	close(conn.opened)
-	if conn.err != nil {
-		f.retire(conn)
-		f.leave(conn)
-		return nil, conn.err
+	if conn.err == nil {
+		close(conn.opened)
+		return conn, nil
 	}
-	return conn, nil
+	conn.givenUp = ctx.Err() != nil
+	f.retire(conn)
+	close(conn.opened)
+	f.leave(conn)
+	return nil, conn.err
 }
 
 // retire keeps new streams from an open instance.

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -103,12 +104,16 @@ func (d *fakePorts) Class(_ context.Context, name string) (*v1.TargetClass, erro
 // DefaultClass implements policy.Classes.
 func (d *fakePorts) DefaultClass(context.Context) (string, error) { return "", nil }
 
-func (d *fakePorts) Open(_ context.Context, req driver.Request) (driver.Conn, error) {
+func (d *fakePorts) Open(ctx context.Context, req driver.Request) (driver.Conn, error) {
 	d.mu.Lock()
 	opening, dialOnly := d.opening, d.dialOnly
 	d.mu.Unlock()
 	if opening != nil {
-		<-opening
+		select {
+		case <-opening:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
 	}
 	d.note("open %s of generation %d", req.Instance, req.Target.Generation)
 	conn := &portsConn{driver: d, instance: req.Instance}
@@ -520,6 +525,56 @@ func TestInstancesAreOpenedOnce(t *testing.T) {
 	want("what was wrong by itself", "open web-0 of generation 2")
 	f.end(t.Context())
 	want("the session's end", "close web-0")
+}
+
+// TestAStreamThatIsGivenUp while it opens an instance takes none with it that
+// waits for the same.
+func TestAStreamThatIsGivenUp(t *testing.T) {
+	d := newPorts()
+	f, backend := d.begin(t, "")
+	defer f.end(t.Context())
+	end := streaming.Endpoint{Network: "tcp", Port: 80}
+	d.opening = make(chan struct{})
+	users := func() int {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if conn := f.reached["web-0"]; conn != nil {
+			return conn.users
+		}
+		return 0
+	}
+	await := func(n int) {
+		t.Helper()
+		for deadline := time.Now().Add(30 * time.Second); users() != n; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%d streams use the instance, want %d", users(), n)
+			}
+		}
+	}
+	given := errors.New("the client has given it up")
+	ctx, giveUp := context.WithCancelCause(t.Context())
+	var streams sync.WaitGroup
+	streams.Go(func() {
+		if _, err := backend.Dial(ctx, end); !errors.Is(err, given) {
+			t.Errorf("the one that was given up: %v", err)
+		}
+	})
+	await(1)
+	for range 8 {
+		streams.Go(func() {
+			if err := dial(t, backend, end); err != nil {
+				t.Errorf("one that waited: %v", err)
+			}
+		})
+	}
+	await(9)
+	giveUp(given)
+	await(8)
+	close(d.opening)
+	streams.Wait()
+	if got := d.took(); !slices.Equal(got[:1], []string{"open web-0 of generation 1"}) || slices.Contains(got[1:], got[0]) {
+		t.Errorf("calls: %v", got)
+	}
 }
 
 func TestReverseForward(t *testing.T) {
