@@ -225,7 +225,7 @@ func (f *forwarder) serveStream(c *muxConn, s *MuxStream) {
 	}
 	s.datagrams = o.Network == "udp"
 	if s.answer(nil) != nil {
-		backend.Close()
+		hangUp(backend)
 		return
 	}
 	f.joinMux(c.ctx, s, backend)

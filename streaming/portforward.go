@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -296,15 +297,28 @@ type out interface {
 
 // join copies both ways until both have ended, and closes the backend. A
 // half-close is passed on. What fails on the side of the backend resets the
-// client's stream; what fails on the client's closes the backend.
+// client's stream; what fails on the client's, and the session's end, resets the
+// backend, unless the client's half has been passed on whole.
 func join(ctx context.Context, in *inbox, client out, backend PortStream) {
+	var whole atomic.Bool
+	if _, ok := client.(legacyOut); ok {
+		whole.Store(true) // it has no half-close: its client just goes
+	}
 	var once sync.Once
-	hangUp := func() { once.Do(func() { backend.Close() }) }
-	defer hangUp()
+	closeBackend := func() {
+		once.Do(func() {
+			if whole.Load() {
+				backend.Close()
+			} else {
+				hangUp(backend)
+			}
+		})
+	}
+	defer closeBackend()
 	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(ended)
-		hangUp()
+		closeBackend()
 	})
 	defer func() {
 		if !stop() {
@@ -318,13 +332,15 @@ func join(ctx context.Context, in *inbox, client out, backend PortStream) {
 		_, err := in.WriteTo(w)
 		switch {
 		case err == nil:
+			whole.Store(true)
 			if backend.CloseWrite() != nil {
-				hangUp()
+				closeBackend()
 			}
 		case w.err != nil:
 			// The backend takes no more; what it still says is passed on.
+			whole.Store(true)
 		default:
-			hangUp()
+			closeBackend()
 		}
 		in.Close()
 	})
@@ -334,7 +350,7 @@ func join(ctx context.Context, in *inbox, client out, backend PortStream) {
 		n, err := backend.Read(buf.data[:])
 		if n > 0 {
 			if _, err := client.Write(buf.data[:n]); err != nil {
-				hangUp()
+				closeBackend()
 				break
 			}
 		}

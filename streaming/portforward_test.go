@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -370,21 +371,62 @@ func TestPortForwardBackendResetIsAReset(t *testing.T) {
 	}
 }
 
-func TestPortForwardClientResetClosesTheBackend(t *testing.T) {
-	eachForwardClient(t, func(t *testing.T, dialer func(testing.TB, string) httpstream.Dialer) {
-		ended := make(chan error, 1)
-		port := backend(t, func(c *net.TCPConn) {
-			_, err := io.Copy(io.Discard, c)
-			ended <- err
+// TestPortForwardCutIsAResetForThePort: it must not take what it has for all.
+func TestPortForwardCutIsAResetForThePort(t *testing.T) {
+	for name, cut := range map[string]func(httpstream.Connection, httpstream.Stream){
+		"the client resets the stream":      func(_ httpstream.Connection, data httpstream.Stream) { data.Reset() },
+		"the client's connection is closed": func(conn httpstream.Connection, _ httpstream.Stream) { conn.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachForwardClient(t, func(t *testing.T, dialer func(testing.TB, string) httpstream.Dialer) {
+				arrived, ended := make(chan struct{}), make(chan error, 1)
+				port := backend(t, func(c *net.TCPConn) {
+					io.ReadFull(c, make([]byte, 1))
+					close(arrived)
+					_, err := io.Copy(io.Discard, c)
+					ended <- err
+				})
+				s := servePortForward(t, PortForwardRequest{}, Options{}, dialLoopback)
+				conn := dialSPDY(t, dialer, s.URL)
+				data, _ := openPair(t, conn, port, "1", nil)
+				if _, err := data.Write([]byte("x")); err != nil {
+					t.Fatal(err)
+				}
+				wait(t, arrived, "the first byte")
+				cut(conn, data)
+				if err := wait(t, ended, "the backend's connection to end"); !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("the backend got %v, want %v", err, syscall.ECONNRESET)
+				}
+			})
 		})
-		s := servePortForward(t, PortForwardRequest{}, Options{}, dialLoopback)
-		conn := dialSPDY(t, dialer, s.URL)
-		data, _ := openPair(t, conn, port, "1", nil)
-		if _, err := data.Write([]byte("x")); err != nil {
-			t.Fatal(err)
-		}
-		data.Reset()
-		wait(t, ended, "the backend's connection to end")
+	}
+	// What the client had ended in order stays so, and arrives whole.
+	t.Run("but not after the client's end of file", func(t *testing.T) {
+		eachForwardClient(t, func(t *testing.T, dialer func(testing.TB, string) httpstream.Dialer) {
+			sent := random(t, 1<<20)
+			type result struct {
+				got []byte
+				err error
+			}
+			cut, ended := make(chan struct{}), make(chan result, 1)
+			port := backend(t, func(c *net.TCPConn) {
+				<-cut
+				got, err := io.ReadAll(c)
+				ended <- result{got, err}
+			})
+			s := servePortForward(t, PortForwardRequest{}, Options{}, dialLoopback)
+			conn := dialSPDY(t, dialer, s.URL)
+			data, _ := openPair(t, conn, port, "1", nil)
+			if _, err := data.Write(sent); err != nil {
+				t.Fatal(err)
+			}
+			data.Close()
+			data.Reset() // as client-go does at the end of each connection
+			close(cut)
+			if got := wait(t, ended, "the backend's connection to end"); got.err != nil || !bytes.Equal(got.got, sent) {
+				t.Errorf("the backend got %d bytes, %v, want all %d", len(got.got), got.err, len(sent))
+			}
+		})
 	})
 }
 
