@@ -251,6 +251,8 @@ func (d *destination) makeLink(in *dir, name, target string, mtime time.Time) (l
 	case err != nil:
 	case info.IsDir():
 		err = errors.New("there is a directory, which a symbolic link can't replace")
+	case !replaceable(info):
+		err = fmt.Errorf("there is %s, which isn't replaced", kindOf(info.Mode()))
 	default:
 		if old, err := root.Readlink(name); err == nil && old == target {
 			break
@@ -269,6 +271,12 @@ func (d *destination) makeLink(in *dir, name, target string, mtime time.Time) (l
 	return setLinkTime(root, name, mtime), nil
 }
 
+// replaceable says whether a copy takes the place of what is there. What isn't a
+// file was made for others to meet there: /dev/null, a service's socket.
+func replaceable(info fs.FileInfo) bool {
+	return info.Mode().IsRegular() || info.Mode()&fs.ModeSymlink != 0
+}
+
 // look finds out how much of a file is there.
 func (d *destination) look(ctx context.Context, in *dir, name string, mode fs.FileMode, mtime time.Time, size int64, resume bool) (*file, error) {
 	f := &file{dir: in, name: name, mode: mode, mtime: mtime, sum: sha256.New()}
@@ -280,12 +288,17 @@ func (d *destination) look(ctx context.Context, in *dir, name string, mode fs.Fi
 	switch {
 	case err == nil && info.IsDir():
 		return nil, errors.New("there is a directory, which a file can't replace")
+	case err == nil && !replaceable(info):
+		return nil, fmt.Errorf("there is %s, which isn't replaced", kindOf(info.Mode()))
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return nil, err
 	case err == nil && size > 0 && info.Mode().IsRegular() && info.Size() == size && info.ModTime().Equal(mtime) && !d.attributes.Plain:
 		// It is probably the same. If it can't be read it is replaced.
-		if f.whole = f.read(root, size); f.whole {
+		if f.whole = f.read(ctx, root, size); f.whole {
 			return f, nil
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
 		}
 	}
 	if size < partialMin || !resume {
@@ -298,7 +311,7 @@ func (d *destination) look(ctx context.Context, in *dir, name string, mode fs.Fi
 	f.resumed = true
 	info, err = f.f.Stat()
 	if err == nil && info.Size() <= size {
-		f.have, err = io.Copy(f.sum, f.f)
+		f.have, err = io.Copy(f.sum, until(ctx, f.f))
 	}
 	if err != nil {
 		d.abandon(f)
@@ -308,13 +321,13 @@ func (d *destination) look(ctx context.Context, in *dir, name string, mode fs.Fi
 }
 
 // read hashes a file under its final name.
-func (f *file) read(root *os.Root, size int64) bool {
+func (f *file) read(ctx context.Context, root *os.Root, size int64) bool {
 	existing, err := root.OpenFile(f.name, os.O_RDONLY|openFlags, 0)
 	if err != nil {
 		return false
 	}
 	defer existing.Close()
-	f.have, err = io.Copy(f.sum, io.LimitReader(existing, size))
+	f.have, err = io.Copy(f.sum, until(ctx, io.LimitReader(existing, size)))
 	if err != nil || f.have != size {
 		f.have = 0
 		f.sum.Reset()
@@ -406,6 +419,11 @@ func (d *destination) openPartial(ctx context.Context, root *os.Root, name strin
 	if mine, err := d.claim(ctx, root, f, partial); err != nil || !mine {
 		f.Close()
 		return nil, err
+	}
+	// Another may have been put there between the look and the open.
+	if info, err := f.Stat(); err != nil || !private(info) {
+		f.Close()
+		return nil, errors.Join(err, root.Remove(partial))
 	}
 	return f, nil
 }

@@ -64,6 +64,8 @@ const (
 	window = 1024
 	// maxText bounds a message.
 	maxText = 2048
+	// maxPath bounds the path in a message.
+	maxPath = MaxDepth * (MaxName + 1)
 	// partialMin is what has to be there of a file to be kept for later.
 	partialMin = 1 << 20
 )
@@ -256,6 +258,21 @@ func (r *reporter) failures() int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.failed
+}
+
+// until reads until a context ends: what is there already may be large.
+func until(ctx context.Context, r io.Reader) io.Reader { return &untilReader{ctx, r} }
+
+type untilReader struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (u *untilReader) Read(p []byte) (int, error) {
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	return u.Reader.Read(p)
 }
 
 // validName says whether an entry may have a name: it is one element of a path,

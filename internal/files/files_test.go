@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -746,5 +747,137 @@ func TestArguments(t *testing.T) {
 		if _, _, err := parseArguments(args); err == nil {
 			t.Errorf("%q are taken", args)
 		}
+	}
+}
+
+// What waits for its turn is bounded, and has been asked for: no answer is one
+// too many.
+func TestEveryFileThatWaitsMayBeAnswered(t *testing.T) {
+	dir := tempDir(t)
+	for i := range window + 10 {
+		name := filepath.Join(dir, fmt.Sprint(i))
+		write(t, name, "")
+		// While the first is sent, there is time to announce the others.
+		if err := os.Truncate(name, 1<<40); err != nil {
+			t.Fatal(err)
+		}
+	}
+	toReceiver, fromSender := io.Pipe()
+	toSender, fromReceiver := io.Pipe()
+	sent := make(chan error, 1)
+	go func() {
+		_, err := Send(t.Context(), toSender, fromSender, Options{Path: dir})
+		fromSender.Close()
+		sent <- err
+	}()
+	c := newConn(toReceiver, fromReceiver)
+	answer := func(kind byte, payload *encoder) {
+		_ = c.write(kind, payload.b)
+		_ = c.flush()
+	}
+	_ = c.hello("")
+	answer(frameRoot, new(encoder).text("there", maxFrame))
+	asked, begun := 0, 0
+	for begun == 0 || asked-begun < maxAsked-1 {
+		kind, p, err := c.read()
+		if err != nil {
+			t.Fatalf("after %d files, of which %d were begun: %v", asked, begun, err)
+		}
+		switch kind {
+		case frameFile:
+			asked++
+			answer(frameWant, new(encoder).number(p.number()).number(0))
+		case frameBegin:
+			begun++
+		case frameFatal:
+			t.Fatalf("after %d files, of which %d were begun: %v", asked, begun, remoteFatal(p))
+		}
+	}
+	c.fatal(fatalf("enough"))
+	if _, err := io.Copy(io.Discard, toReceiver); err != nil {
+		t.Error(err)
+	}
+	if err := <-sent; err == nil || err.Error() != "enough" {
+		t.Errorf("the sender ended with %v", err)
+	}
+}
+
+// A copy to /dev/null by root isn't to leave a file there.
+func TestWhatIsNoFileIsNotReplaced(t *testing.T) {
+	from := tempDir(t)
+	write(t, filepath.Join(from, "one"), "contents")
+	write(t, filepath.Join(from, "tree/pipe"), "contents")
+	if err := os.Symlink("nowhere", filepath.Join(from, "tree/socket")); err != nil {
+		t.Fatal(err)
+	}
+	to := tempDir(t)
+	if err := os.Mkdir(filepath.Join(to, "tree"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"pipe", "tree/pipe"} {
+		if err := syscall.Mkfifo(filepath.Join(to, name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	listener, err := net.Listen("unix", filepath.Join(to, "tree/socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	want := snapshot(t, to)
+	for _, test := range []struct{ from, to, want string }{
+		{"one", "pipe", "[pipe: there is a named pipe, which isn't replaced]"},
+		{"tree", ".", "[tree/pipe: there is a named pipe, which isn't replaced tree/socket: there is a socket, which isn't replaced]"},
+	} {
+		o := copyAll(t, Options{Path: filepath.Join(from, test.from), Attributes: Attributes{Plain: true}}, Options{Path: filepath.Join(to, test.to), Attributes: Attributes{Plain: true}})
+		if got := fmt.Sprint(o.problems); got != test.want || o.sent.Failed == 0 {
+			t.Errorf("%s: problems %s, want %s; %d failed", test.from, got, test.want, o.sent.Failed)
+		}
+	}
+	got := snapshot(t, to)
+	for name := range want {
+		if mode, _, _ := strings.Cut(want[name], " "); !strings.HasPrefix(got[name], mode) {
+			t.Errorf("%s was %s, and is %s", name, want[name], got[name])
+		}
+	}
+}
+
+// What is there already may take hours to read.
+func TestACancelledCopyDoesNotReadOnWhatIsThere(t *testing.T) {
+	to := tempDir(t)
+	const size = 1 << 40
+	for _, name := range []string{"whole", partialOf("part")} {
+		write(t, filepath.Join(to, name), "")
+		if err := os.Chmod(filepath.Join(to, name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(filepath.Join(to, name), size); err != nil {
+			t.Fatal(err)
+		}
+	}
+	info, err := os.Stat(filepath.Join(to, "whole"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := errors.New("stop")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(stop)
+	for _, name := range []string{"whole", "part"} {
+		d, err := openDestination(Options{Path: to}, name, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.look(ctx, d.at, name, 0o600, info.ModTime(), size, true); !errors.Is(err, stop) {
+			t.Errorf("%s: %v", name, err)
+		}
+		d.close()
+	}
+	f, err := os.Open(filepath.Join(to, "whole"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if s := (&sender{buf: make([]byte, chunk)}); s.agrees(ctx, f, answer{have: size}, sha256.New()) {
+		t.Error("a sender agreed with what it hasn't read")
 	}
 }

@@ -176,11 +176,11 @@ func remoteFatal(p decoder) error {
 }
 
 func encodeProblem(p Problem) []byte {
-	return new(encoder).flag(p.Warning).text(p.Path, 64<<10).text(p.Text, maxText).b
+	return new(encoder).flag(p.Warning).text(p.Path, maxPath).text(p.Text, maxText).b
 }
 
 func decodeProblem(p decoder) (Problem, error) {
-	problem := Problem{Warning: p.flag(), Path: p.text(maxFrame), Text: p.text(maxFrame)}
+	problem := Problem{Warning: p.flag(), Path: p.text(maxPath), Text: p.text(maxText)}
 	return problem, p.end()
 }
 

@@ -336,6 +336,9 @@ func (r *receiver) announced(ctx context.Context, p decoder) error {
 	default:
 		f, err = r.dest.look(ctx, dir.dir, name, mode, mtime, size, r.resuming < maxResuming)
 	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	if err != nil {
 		if err := r.failure(dir, name, err); err != nil {
 			return err

@@ -32,13 +32,17 @@ func Send(ctx context.Context, in io.ReadCloser, out io.Writer, opts Options) (R
 		opts:     opts,
 		reporter: reporter{conn: c, report: opts.Report},
 		queue:    make(chan item, window),
-		answers:  make(chan answer, window),
+		answers:  make(chan answer, maxAsked),
 		root:     make(chan struct{}),
 	}
 	err := s.run(ctx, in)
 	s.result.Failed = max(s.result.Failed, s.failures())
 	return s.result, err
 }
+
+// maxAsked is how many files may be announced and not begun: those in the queue,
+// the one that waits for a place in it, and the one whose turn it is.
+const maxAsked = window + 2
 
 type sender struct {
 	*conn
@@ -590,7 +594,10 @@ func (s *sender) sendContents(ctx context.Context, i item, a answer, label strin
 	} else if !info.Mode().IsRegular() {
 		return failed(errors.New("it has become something else"))
 	}
-	if a.have > 0 && !s.agrees(f, a, sum) {
+	if a.have > 0 && !s.agrees(ctx, f, a, sum) {
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
+		}
 		a.have = 0
 		sum.Reset()
 		if _, err := f.Seek(0, io.SeekStart); err != nil {
@@ -649,8 +656,8 @@ func (s *sender) sendContents(ctx context.Context, i item, a answer, label strin
 
 // agrees reads as much of a file as the receiver has, and says whether that is
 // the same.
-func (s *sender) agrees(f *os.File, a answer, sum hash.Hash) bool {
-	n, err := io.CopyBuffer(sum, io.LimitReader(f, a.have), s.buf)
+func (s *sender) agrees(ctx context.Context, f *os.File, a answer, sum hash.Hash) bool {
+	n, err := io.CopyBuffer(sum, until(ctx, io.LimitReader(f, a.have)), s.buf)
 	return err == nil && n == a.have && [sha256.Size]byte(sum.Sum(nil)) == a.hash
 }
 
