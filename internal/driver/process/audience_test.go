@@ -201,3 +201,18 @@ func TestReplayOutlivesTheInstanceForWhoIsAboutToJoin(t *testing.T) {
 		t.Errorf("error %v, want NotRunning", err)
 	}
 }
+
+// TestReplayOfAnInstanceThatEndedMeanwhile: what has ended after it was looked up
+// may have been started again, which is another's output.
+func TestReplayOfAnInstanceThatEndedMeanwhile(t *testing.T) {
+	d := newDriver(t, Options{})
+	target := newTarget(script("sleep 1000"))
+	id := start(t, d, target)
+	d.instances[id].run.audience.close()
+	c := open(t, d, target)
+	defer c.Close()
+	run, err := c.Attach(t.Context(), driver.AttachOptions{Replay: 10})
+	if run != nil || driver.KindOf(err) != driver.NotRunning {
+		t.Errorf("a run: %v, error %v, want NotRunning", run != nil, err)
+	}
+}

@@ -223,8 +223,11 @@ func (c *conn) Attach(_ context.Context, opts driver.AttachOptions) (driver.Run,
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if !r.audience.hold() {
-			_, err := c.run()
-			return nil, err
+			// It has ended since, and may have been started again.
+			if _, err := c.run(); err != nil {
+				return nil, err
+			}
+			return nil, driver.Errorf(driver.NotRunning, "instance %s has just ended, and was started again: attach again", c.id.Name)
 		}
 		c.held = append(c.held, r.audience)
 	}
