@@ -92,21 +92,26 @@ func upgradeError(host string, err error) error {
 	if errors.As(err, &request) {
 		return err
 	}
+	if neverSent(err) {
+		return &url.Error{Op: "Get", URL: host, Err: err}
+	}
+	return err
+}
+
+// neverSent says whether a request failed before the server could have read it.
+func neverSent(err error) bool {
 	var operation *net.OpError
 	var name *net.DNSError
 	var verification *tls.CertificateVerificationError
 	var authority x509.UnknownAuthorityError
 	var hostname x509.HostnameError
 	var record tls.RecordHeaderError
-	if errors.As(err, &operation) && operation.Op == "dial" ||
+	return errors.As(err, &operation) && operation.Op == "dial" ||
 		errors.As(err, &name) ||
 		errors.As(err, &verification) ||
 		errors.As(err, &authority) ||
 		errors.As(err, &hostname) ||
-		errors.As(err, &record) {
-		return &url.Error{Op: "Get", URL: host, Err: err}
-	}
-	return err
+		errors.As(err, &record)
 }
 
 // refusal returns the Status with which the server refused to upgrade, or nil

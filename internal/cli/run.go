@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -284,6 +285,9 @@ func (o *runOptions) create(ctx context.Context, conn *connection, target *v1.Ta
 	created, err := conn.clientset.StreamingV1().Targets(conn.namespace).Create(bounded, target, options)
 	if err != nil && bounded.Err() != nil {
 		return nil, fmt.Errorf("%w; %w", conn.unanswered(ctx, bounded, err), errUnanswered)
+	}
+	if errors.As(err, new(*url.Error)) && !neverSent(err) {
+		return nil, fmt.Errorf("%v; %w", err, errUnanswered) //nolint:errorlint // only the text says all
 	}
 	return created, err
 }

@@ -373,3 +373,19 @@ func TestRunTellsOfATargetThatIsLeft(t *testing.T) {
 		t.Errorf("exit code %d, stderr %q", code, cmd.errOut)
 	}
 }
+
+// TestRunTellsThatATargetMayBeLeft where the answer to its creation was lost.
+func TestRunTellsThatATargetMayBeLeft(t *testing.T) {
+	server := newTestServer(t)
+	server.intercept = func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodPost {
+			server.apply(process("web"))
+			panic(http.ErrAbortHandler)
+		}
+		return false
+	}
+	cmd := server.start(nil, "run", "web", "--attach", "--rm", "--", "cmd")
+	if code := cmd.wait(); code != 1 || !strings.Contains(cmd.errOut.String(), errUnanswered.Error()) {
+		t.Errorf("exit code %d, stderr %q", code, cmd.errOut)
+	}
+}
