@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -471,6 +473,31 @@ func TestArchivesDoNotLeaveTheDestination(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
+	server := archiveServer(t, archive)
+	into := filepath.Join(dir, "a/b/into")
+	if err := os.MkdirAll(into, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := server.start(nil, "cp", "web:d", into)
+	if code := cmd.wait(); code != 1 {
+		t.Errorf("exit code %d, want 1", code)
+	}
+	if n := strings.Count(cmd.errOut.String(), "error: "); n != 4 {
+		t.Errorf("%d errors, want 3 and their sum: %s", n, cmd.errOut)
+	}
+	for _, outside := range []string{dir + "/ok", dir + "/a/ok", dir + "/a/b/ok"} {
+		if _, err := os.Lstat(outside); err == nil {
+			t.Errorf("%s was written", outside)
+		}
+	}
+	if _, err := os.Stat(into + "/d/d/f"); err != nil {
+		t.Errorf("what is inside didn't arrive: %v", err)
+	}
+}
+
+// archiveServer has a target whose tar packs an archive of a directory, whatever
+// it is asked for.
+func archiveServer(t *testing.T, archive string) *testServer {
 	server := newTestServer(t, process("web"))
 	server.exec = func(w http.ResponseWriter, r *http.Request, _ string) {
 		options := decode[v1.TargetExecOptions](t, r)
@@ -491,24 +518,66 @@ func TestArchivesDoNotLeaveTheDestination(t *testing.T) {
 				return err
 			})
 	}
-	into := filepath.Join(dir, "a/b/into")
-	if err := os.MkdirAll(into, 0o755); err != nil {
-		t.Fatal(err)
+	return server
+}
+
+// What an archive says is in a file need not have been sent.
+func TestArchivesHaveOnlyWhatTheTargetSends(t *testing.T) {
+	needTar(t)
+	for name, test := range map[string]struct{ build, want string }{
+		"a sparse file could fill the disk": {
+			`truncate -s 64M x && tar -S --format=posix -cf "$0" . `, "x: left out: it comes as a sparse file"},
+		"and so could an old one": {
+			`truncate -s 64M x && tar -S --format=gnu -cf "$0" . `, "x: left out: it comes as a sparse file"},
+		"a link to a file that was there before": {
+			`echo >mine && ln mine x && tar -cf "$0" --no-recursion . ./mine ./x && tar --delete -f "$0" ./mine`, "x: what it is a link to didn't arrive"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			archive := filepath.Join(dir, "archive")
+			build := exec.Command("sh", "-c", test.build, archive)
+			build.Dir = t.TempDir()
+			if out, err := build.CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			into := filepath.Join(dir, "into")
+			if err := os.MkdirAll(into+"/d", 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(into+"/d/mine", []byte("secret"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			cmd := archiveServer(t, archive).start(nil, "cp", "web:d", into)
+			if code := cmd.wait(); code != 1 || !strings.Contains(cmd.errOut.String(), test.want) {
+				t.Errorf("exit code %d, stderr %q, want %q", code, cmd.errOut, test.want)
+			}
+			if _, err := os.Lstat(into + "/d/x"); err == nil {
+				t.Error("it was written")
+			}
+		})
 	}
-	cmd := server.start(nil, "cp", "web:d", into)
-	if code := cmd.wait(); code != 1 {
-		t.Errorf("exit code %d, want 1", code)
+}
+
+// A target may tell of a problem with each of many files, at length.
+func TestProblemsOfATargetTakeLittleMemory(t *testing.T) {
+	var out bytes.Buffer
+	d := newCopyDisplay(&out, &cpOptions{})
+	defer d.close(true)
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	long := strings.Repeat("p", 60_000)
+	for i := range 300 {
+		d.problem(files.Problem{Path: long, Text: fmt.Sprint(i)})
+		d.problem(files.Problem{Path: long, Text: fmt.Sprint(i)})
 	}
-	if n := strings.Count(cmd.errOut.String(), "error: "); n != 4 {
-		t.Errorf("%d errors, want 3 and their sum: %s", n, cmd.errOut)
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if n := int64(after.HeapAlloc) - int64(before.HeapAlloc) - int64(out.Cap()); n > 4<<20 {
+		t.Errorf("it keeps %d bytes", n)
 	}
-	for _, outside := range []string{dir + "/ok", dir + "/a/ok", dir + "/a/b/ok"} {
-		if _, err := os.Lstat(outside); err == nil {
-			t.Errorf("%s was written", outside)
-		}
-	}
-	if _, err := os.Stat(into + "/d/d/f"); err != nil {
-		t.Errorf("what is inside didn't arrive: %v", err)
+	if n := strings.Count(out.String(), "\n"); n != maxProblems {
+		t.Errorf("%d lines, want each once, and %d in all", n, maxProblems)
 	}
 }
 

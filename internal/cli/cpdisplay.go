@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"os"
@@ -41,7 +42,7 @@ type copyDisplay struct {
 	mu       sync.Mutex // protects what follows, and writes to out
 	progress *files.Progress
 	drawn    bool
-	told     map[string]bool
+	told     map[[sha256.Size]byte]bool // by hash: the texts are the target's
 	printed  int
 	samples  []sample
 }
@@ -58,7 +59,7 @@ func isTerminal(w io.Writer) bool {
 }
 
 func newCopyDisplay(out io.Writer, o *cpOptions) *copyDisplay {
-	d := &copyDisplay{out: out, terminal: isTerminal(out), quiet: o.quiet, told: make(map[string]bool), stop: make(chan struct{})}
+	d := &copyDisplay{out: out, terminal: isTerminal(out), quiet: o.quiet, told: make(map[[sha256.Size]byte]bool), stop: make(chan struct{})}
 	if !o.progress {
 		return d
 	}
@@ -120,14 +121,15 @@ func (d *copyDisplay) problem(p files.Problem) {
 	} else {
 		text = "error: " + text
 	}
+	sum := sha256.Sum256([]byte(text))
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	// What isn't remembered would be printed again by another attempt; so it
 	// isn't printed at all.
-	if d.told[text] || len(d.told) >= 100*maxProblems {
+	if d.told[sum] || len(d.told) >= 100*maxProblems {
 		return
 	}
-	d.told[text] = true
+	d.told[sum] = true
 	if d.printed++; d.printed > maxProblems {
 		d.printed = maxProblems
 		return

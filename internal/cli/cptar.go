@@ -33,7 +33,7 @@ func (o *cpOptions) copyByTar(ctx context.Context, show *copyDisplay) error {
 	}
 	failed := 0
 	for best := int64(-1); ; {
-		t.progress, t.failed, t.sums = show.begin(), 0, nil
+		t.progress, t.failed, t.sums, t.came = show.begin(), 0, nil, make(map[string]bool)
 		err := t.attempt(ctx)
 		if err == nil {
 			err = t.verify(ctx)
@@ -87,6 +87,9 @@ type tarCopy struct {
 	// sums are of the regular files that were copied, by their paths on the
 	// target.
 	sums []tarSum
+	// came are the regular files that an attempt has unpacked: others may be links
+	// to them.
+	came map[string]bool
 	// exact says that the destination is the copy itself: it was made by an
 	// attempt before.
 	exact bool
@@ -444,6 +447,11 @@ func (t *tarCopy) unpack(ctx context.Context, tree *files.Tree, r *tar.Reader, i
 			continue
 		}
 		label := tree.Label(name)
+		if h.Typeflag == tar.TypeGNUSparse || sparse(h) {
+			// A few bytes of it could fill the disk. tar makes them only if asked to.
+			t.problem(label, "left out: it comes as a sparse file")
+			continue
+		}
 		t.progress.Current.Store(label)
 		mode := fs.FileMode(h.Mode).Perm() | h.FileInfo().Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky)
 		switch h.Typeflag {
@@ -475,16 +483,37 @@ func (t *tarCopy) unpack(ctx context.Context, tree *files.Tree, r *tar.Reader, i
 			t.warn(label, "left out: not a file")
 			continue
 		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		if err != nil {
 			t.problem(label, "%s", files.Reason(err))
+			continue
+		}
+		if h.Typeflag == tar.TypeReg {
+			t.came[name] = true
 		}
 	}
+}
+
+func sparse(h *tar.Header) bool {
+	for key := range h.PAXRecords {
+		if strings.HasPrefix(key, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
 }
 
 // again copies a file that the archive has under another name already, to which
 // it was linked.
 func (t *tarCopy) again(ctx context.Context, tree *files.Tree, name string, h *tar.Header) error {
-	first, err := tree.Open(path.Clean(h.Linkname))
+	linked := path.Clean(h.Linkname)
+	if !t.came[linked] {
+		// What is here by that name is none of the target's.
+		return errors.New("what it is a link to didn't arrive")
+	}
+	first, err := tree.Open(linked)
 	if err != nil {
 		return err
 	}
