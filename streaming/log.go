@@ -211,7 +211,7 @@ func serveLogWebSocket(w http.ResponseWriter, r *http.Request, opts Options, wri
 		err = context.Cause(ctx)
 	}
 	if err != nil && !out.begun {
-		return refuse(w, err)
+		return refuse(out.w, err)
 	}
 	if begin := out.begin(); begin != nil {
 		if err == nil {
@@ -246,6 +246,7 @@ func (o *wsLog) begin() error {
 	}
 	o.begun = true
 	o.conn, o.err = greetWebSocket(o.w, o.r, o.opts, o.subprotocol, noChannel)
+	o.w, o.r = nil, nil // with the server's buffers
 	if o.err != nil {
 		o.cancel(o.err)
 		return o.err

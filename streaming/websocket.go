@@ -101,6 +101,10 @@ func (h wsHijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return wsNetConn{h.link}, rw, nil
 }
 
+// readBuffer is for headers, and for messages that are no longer than those of a
+// terminal: what is longer is read past it.
+const readBuffer = 512
+
 // unusedBuffers keeps gorilla from having a buffer for each connection.
 var unusedBuffers sync.Pool
 
@@ -137,6 +141,7 @@ func startWebSocket(w http.ResponseWriter, r *http.Request, opts Options, subpro
 	c.hold = hold
 	upgrader := websocket.Upgrader{
 		WriteBufferPool: &unusedBuffers,                           // frames aren't written by it
+		ReadBufferSize:  readBuffer,                               // and net/http's is let go of
 		CheckOrigin:     func(*http.Request) bool { return true }, // done above
 		Error: func(w http.ResponseWriter, _ *http.Request, code int, reason error) {
 			status := metav1.StatusReasonBadRequest

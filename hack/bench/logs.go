@@ -142,7 +142,7 @@ func (o logsOptions) start(ctx context.Context) (s *logsServer, err error) {
 	data := filepath.Join(dir, "data")
 	if s.process, err = startProcess("aaserver", filepath.Join(dir, "aaserver.log"), syscall.SIGTERM,
 		filepath.Join(o.bin, "aaserver"), "standalone", "--data-dir="+data, "--secure-port="+strconv.Itoa(port),
-		"--log-file-size=64Mi", "--log-files=40", "-v=0"); err != nil {
+		"--profiling", "--log-file-size=64Mi", "--log-files=40", "-v=0"); err != nil {
 		return s, err
 	}
 	err = s.wait(ctx, func(ctx context.Context) error {

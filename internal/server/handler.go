@@ -18,6 +18,7 @@ import (
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/apis/streaming/v1alpha1"
+	"aaserver.io/aaserver/registry/target"
 )
 
 // secondNames are the subresources of targets that have a second name, by it.
@@ -37,9 +38,15 @@ var longRunning = filters.BasicLongRunningRequestCheck(
 )
 
 // buildHandlerChain puts the rewriting of second names before all else, so that
-// authorization, admission and audit see one name for one thing.
+// authorization, admission and audit see one name for one thing. Sessions leave
+// it all once they stand.
 func buildHandlerChain(api http.Handler, config *genericapiserver.Config) http.Handler {
-	return withCanonicalNames(withShortStatuses(genericapiserver.DefaultBuildHandlerChain(withDeprecation(withCreate(api, config.Authorization.Authorizer)), config)))
+	if config.AuditBackend != nil {
+		held := *config
+		held.AuditBackend = target.HoldAudit(config.AuditBackend)
+		config = &held
+	}
+	return target.DetachedSessions(withCanonicalNames(withShortStatuses(genericapiserver.DefaultBuildHandlerChain(withDeprecation(withCreate(api, config.Authorization.Authorizer)), config))))
 }
 
 // withDeprecation warns whoever uses v1alpha1, and marks the request in the audit

@@ -113,7 +113,7 @@ func (c *connector) command(ctx context.Context, name, instance, subresource str
 	if instance, err = pick(to.target, instance, false); err != nil {
 		return nil, err
 	}
-	return c.stream(responder, to, instance, subresource, func(w http.ResponseWriter, r *http.Request, s *session.Session) error {
+	return c.stream(responder, to, instance, subresource, func(w http.ResponseWriter, r *http.Request, s *session.Session, stands func()) error {
 		conn, err := c.open(r.Context(), to, instance)
 		if err != nil {
 			responder.Error(statusError(err))
@@ -126,6 +126,7 @@ func (c *connector) command(ctx context.Context, name, instance, subresource str
 			return err
 		}
 		return streaming.ServeCommand(w, r, streams, c.opts.Streaming, func(ctx context.Context, stdio streaming.Stdio) error {
+			stands()
 			return runCommand(ctx, run, stdio, s)
 		})
 	}), nil

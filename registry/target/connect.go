@@ -155,8 +155,9 @@ func describe(instance v1.InstanceStatus) string {
 
 // stream serves one streaming request: it registers the session, calls serve,
 // and ends the session with what serve returned. A session that may not begin
-// is answered with an HTTP status.
-func (c *connector) stream(responder rest.Responder, to *access, instance, subresource string, serve func(w http.ResponseWriter, r *http.Request, s *session.Session) error) http.Handler {
+// is answered with an HTTP status. serve says by stands that the client has been
+// answered otherwise.
+func (c *connector) stream(responder rest.Responder, to *access, instance, subresource string, serve func(w http.ResponseWriter, r *http.Request, s *session.Session, stands func()) error) http.Handler {
 	allowed := policy.LimitsOf(to.class, c.opts.Limits)
 	limits := session.Limits{
 		PerUser:     allowed.SessionsPerUser,
@@ -180,23 +181,30 @@ func (c *connector) stream(responder rest.Responder, to *access, instance, subre
 		if user, ok := request.UserFrom(r.Context()); ok {
 			info.User = user.GetName()
 		}
-		ctx, s, err := c.opts.Sessions.Start(r.Context(), info, limits)
-		if err != nil {
-			responder.Error(err)
+		begin := func(w http.ResponseWriter, r *http.Request, d *detached) {
+			ctx, s, err := c.opts.Sessions.Start(r.Context(), info, limits)
+			if err != nil {
+				responder.Error(err)
+				return
+			}
+			audit.AddAuditAnnotations(ctx, sessionAnnotation, s.ID(), auditPrefix+"instance", instance)
+			// The session ends after its streams are joined, also when they panic.
+			var ended error = errPanicked
+			defer func() {
+				in, out := s.Bytes()
+				d.end(ctx, ended == errPanicked,
+					auditPrefix+"bytes-in", strconv.FormatInt(in, 10),
+					auditPrefix+"bytes-out", strconv.FormatInt(out, 10),
+					causeAnnotation, causeOf(ended))
+				s.End(ended)
+			}()
+			ended = serve(w, r.WithContext(ctx), s, d.stands)
+		}
+		if subresource == "portforward" {
+			begin(w, r, &detached{}) // whose Serve function doesn't say when it stands
 			return
 		}
-		audit.AddAuditAnnotations(ctx, auditPrefix+"session", s.ID(), auditPrefix+"instance", instance)
-		// The session ends after its streams are joined, also when they panic.
-		var ended error = errPanicked
-		defer func() {
-			s.End(ended)
-			in, out := s.Bytes()
-			audit.AddAuditAnnotations(ctx,
-				auditPrefix+"bytes-in", strconv.FormatInt(in, 10),
-				auditPrefix+"bytes-out", strconv.FormatInt(out, 10),
-				auditPrefix+"cause", causeOf(ended))
-		}()
-		ended = serve(w, r.WithContext(ctx), s)
+		detach(w, r, info.Protocol != session.ProtocolHTTP, begin)
 	})
 }
 
@@ -204,6 +212,12 @@ func (c *connector) stream(responder rest.Responder, to *access, instance, subre
 // audit log: what was run, and what came of it. Never what was sent, and
 // nothing of a target's environment.
 const auditPrefix = v1.GroupName + "/"
+
+// The annotations of a session's beginning and of its end.
+const (
+	sessionAnnotation = auditPrefix + "session"
+	causeAnnotation   = auditPrefix + "cause"
+)
 
 // maxAuditValue bounds what a client can make the audit log grow by, in bytes.
 const maxAuditValue = 4 << 10

@@ -82,7 +82,7 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 			return nil, err
 		}
 	}
-	return r.stream(responder, to, instance, "log", func(w http.ResponseWriter, req *http.Request, s *session.Session) error {
+	return r.stream(responder, to, instance, "log", func(w http.ResponseWriter, req *http.Request, s *session.Session, stands func()) error {
 		logs := &logStream{connector: r.connector, watch: r.watch, to: to, selected: selected}
 		if opts.ResumeAfter != "" {
 			logs.resumed = &resumed{cursor: selected.After.Add(1)}
@@ -112,6 +112,9 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 		}
 		return streaming.ServeLog(w, req, opts.Follow, r.opts.Streaming, func(ctx context.Context, out io.Writer) error {
 			out = s.CountOut(out)
+			if opts.Follow {
+				out = &begunWriter{out, stands}
+			}
 			if opts.LimitBytes != nil {
 				out = &limitedWriter{out, *opts.LimitBytes}
 			}
@@ -123,6 +126,21 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 			return err
 		})
 	}), nil
+}
+
+// begunWriter says with the first write, which sends the headers or upgrades the
+// connection, that a log is being answered.
+type begunWriter struct {
+	io.Writer
+	begun func()
+}
+
+func (w *begunWriter) Write(p []byte) (int, error) {
+	n, err := w.Writer.Write(p)
+	if err == nil {
+		w.begun()
+	}
+	return n, err
 }
 
 // driverOptions translates the query for drivers, which know no seconds ago.

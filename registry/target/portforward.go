@@ -73,7 +73,7 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 		}
 		narrowed.Ports = append(narrowed.Ports, uint16(port))
 	}
-	return r.stream(responder, to, instance, "portforward", func(w http.ResponseWriter, req *http.Request, s *session.Session) error {
+	return r.stream(responder, to, instance, "portforward", func(w http.ResponseWriter, req *http.Request, s *session.Session, _ func()) error {
 		if notTCP != nil && !slices.Contains(websocket.Subprotocols(req), streaming.MuxProtocol) {
 			r.tell(to.target, notTCP)
 			responder.Error(statusError(notTCP))
