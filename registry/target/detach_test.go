@@ -199,14 +199,17 @@ func TestWhatDoesNotStandEndsWithinTheFilters(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	left := make(chan struct{})
 	go func() {
-		waitFor(t, "the request", func() bool { return len(log.seen()) == 6 })
-		cancel()
+		defer close(left)
+		if response, err := http.DefaultClient.Do(leaving); err == nil {
+			response.Body.Close()
+			t.Errorf("what waits was answered: %s", response.Status)
+		}
 	}()
-	if response, err = http.DefaultClient.Do(leaving); err == nil {
-		response.Body.Close()
-		t.Errorf("what waits was answered: %s", response.Status)
-	}
+	waitFor(t, "the request", func() bool { return len(log.seen()) == 6 })
+	cancel()
+	<-left
 	waitFor(t, "the end of the request whose client went", func() bool { return len(log.seen()) == 8 })
 	want := []string{
 		"RequestReceived", "ResponseStarted", "ResponseComplete: not now",
