@@ -622,7 +622,7 @@ func (s *instanceStream) once() error {
 				return s.origin
 			}
 		}
-		lines := &logReader{to: s.to, from: from, prefixed: query.Prefix, max: lineBuffer}
+		lines := &logReader{to: s.to, from: from, prefixed: query.Prefix, max: lineBuffer, goesOn: s.past}
 		return lines.read(body, &s.instance.position)
 	})
 }

@@ -537,3 +537,38 @@ func TestFollowGoesOnAfterAnEndingInTheMiddleOfALine(t *testing.T) {
 	cmd.cancel(terminated{syscall.SIGINT})
 	cmd.wait()
 }
+
+// What was written before the command began may end in the middle of a long
+// line.
+func TestPastThatEndsInTheMiddleOfALine(t *testing.T) {
+	long := strings.Repeat("x", lineBuffer)
+	for name, begun := range map[string]string{"of which all is held": "be", "of which pieces were printed": long + "be"} {
+		t.Run(name, func(t *testing.T) {
+			noLeaks(t)
+			server := newTestServer(t, instances(process("web"), map[string]int{"web-0": 0, "web-1": 0}))
+			server.log = func(w http.ResponseWriter, r *http.Request, _ string) {
+				options := decode[v1.TargetLogOptions](t, r)
+				_ = streaming.ServeLog(w, r, options.Follow, streaming.Options{}, func(ctx context.Context, out io.Writer) error {
+					out.(http.Flusher).Flush()
+					if options.Instance == "web-0" {
+						io.WriteString(out, at(1, begun))
+						if options.Follow {
+							io.WriteString(out, "gun\n"+at(2, "next")+"\n")
+						}
+					}
+					if options.Follow {
+						<-ctx.Done()
+					}
+					return ctx.Err()
+				})
+			}
+			cmd := server.start(nil, "logs", "-f", "web", "--all-instances")
+			until(t, "the last line", func() bool { return strings.HasSuffix(cmd.out.String(), "next\n") })
+			if diff := cmp.Diff(begun+"gun\nnext\n", cmd.out.String()); diff != "" {
+				t.Errorf("stdout (-want +got):\n%s", diff)
+			}
+			cmd.cancel(terminated{syscall.SIGINT})
+			cmd.wait()
+		})
+	}
+}

@@ -265,6 +265,9 @@ type logReader struct {
 	from     func(instance []byte) *origin
 	prefixed bool
 	max      int // lineBuffer, or less in a test
+	// goesOn says that the log is read on from where it ends: what stands after
+	// the last newline is the beginning of a line, which comes again as a whole.
+	goesOn bool
 }
 
 // read pushes what p hasn't seen of an instance's log; with nil, all of a log of
@@ -284,7 +287,7 @@ func (r *logReader) read(body io.Reader, p *position) error {
 		case err == nil:
 		case !errors.Is(err, io.EOF):
 			return err
-		case begins && len(text) == 0:
+		case begins && len(text) == 0, r.goesOn:
 			return nil
 		default:
 			ended = true
