@@ -194,8 +194,8 @@ type merger struct {
 	// waited counts the sources without lines, by their states.
 	waited [3]int
 	held   int
-	// Lines up to passed have had the window's time. Those up to a deadline's
-	// will have had it then.
+	// Lines up to passed have had the window's time, or have to make way for one
+	// that is held and has had it. Those up to a deadline's will have had it then.
 	deadlines []deadline
 	passed    time.Time
 	// heard is when a source was last heard of.
@@ -453,7 +453,7 @@ func (m *merger) next(now time.Time) time.Duration {
 		return 0
 	}
 	if len(m.heads) == 0 {
-		m.deadlines = m.deadlines[:0]
+		m.deadlines, m.passed = m.deadlines[:0], time.Time{}
 		return -1
 	}
 	if m.waited[sourcePast] > 0 && !m.closing {
@@ -479,7 +479,12 @@ func (m *merger) next(now time.Time) time.Duration {
 		m.deadlines = append(m.deadlines[:0], m.deadlines[due:]...)
 	}
 	first := m.heads[0]
-	if head := &first.lines[0]; m.waited[sourceLive] == 0 || head.past || !head.at.After(m.passed) || m.held >= mergeBudget || m.closing {
+	if first.lines[0].at.After(m.passed) {
+		// Nothing that is held has had its time. One line of a clock that is
+		// ahead doesn't keep those to come from being put into order.
+		m.passed = time.Time{}
+	}
+	if head := &first.lines[0]; len(m.deadlines) == 0 || m.waited[sourceLive] == 0 || head.past || !head.at.After(m.passed) || m.held >= mergeBudget || m.closing {
 		m.emit(first, now)
 		return 0
 	}

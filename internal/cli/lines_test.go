@@ -282,13 +282,33 @@ func TestMergerOrdersByTime(t *testing.T) {
 			m.clock.Step(mergeWindow / 2)
 			m.want("4b\n5a\n")
 		},
-		"a line that comes too late comes at once": func(m *merging) {
+		"a line that comes too late comes all the same, in order with others that do": func(m *merging) {
 			a, b := m.source(sourceLive), m.source(sourceLive)
 			m.say(a, "5a")
 			m.clock.Step(mergeWindow)
 			m.want("5a\n")
 			m.say(b, "4b")
+			m.clock.Step(mergeWindow)
 			m.want("4b\n")
+		},
+		"a line of a clock that is ahead leaves the others in order": func(m *merging) {
+			a, b, c := m.source(sourceLive), m.source(sourceLive), m.source(sourceLive)
+			m.say(a, "9a")
+			m.clock.Step(mergeWindow)
+			m.want("9a\n")
+			m.say(b, "3b")
+			m.want("")
+			m.say(c, "2c")
+			m.clock.Step(mergeWindow)
+			m.want("2c\n3b\n")
+			// The same while another one of it is held.
+			m.say(b, "5b")
+			m.say(a, "9a")
+			m.clock.Step(mergeWindow / 2)
+			m.want("")
+			m.say(c, "4c")
+			m.clock.Step(mergeWindow / 2)
+			m.want("4c\n5b\n9a\n")
 		},
 		"a source that isn't connected isn't waited for": func(m *merging) {
 			a, b := m.source(sourceLive), m.source(sourceLive)
@@ -340,6 +360,7 @@ func TestMergerOrdersByTime(t *testing.T) {
 			m.want("2a\n")
 			a.set(sourceLive)
 			m.say(b, "1b")
+			m.clock.Step(mergeWindow)
 			m.want("1b\n")
 		},
 		"what is held is bounded": func(m *merging) {
