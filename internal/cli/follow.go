@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"slices"
 	"sync"
@@ -65,7 +66,8 @@ type follower struct {
 	// retryDelay is the first pause before a stream is resumed.
 	retryDelay time.Duration
 	drainTime  time.Duration
-	started    time.Time
+	// started is when it began to look, by the server's clock if that is known.
+	started time.Time
 
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
@@ -175,7 +177,7 @@ func newFollower(ctx context.Context, conn *logClient, out *merger, errOut io.Wr
 		errOut:     &lockedWriter{w: errOut},
 		retryDelay: time.Second,
 		drainTime:  drainTime,
-		started:    time.Now(),
+		started:    time.Now().Truncate(time.Second),
 		targets:    map[types.UID]*followedTarget{},
 		lost:       map[any]bool{},
 	}
@@ -276,9 +278,15 @@ func (f *follower) followAll(list metav1.ListOptions) error {
 	defer f.cancel(nil)
 	// The informer below keeps trying whatever the error. What is wrong from
 	// the beginning is told, and ends the command.
-	found, err := listTargets(f.ctx, f.conn.connection, list)
+	var resp *http.Response
+	found, err := listTargets(context.WithValue(f.ctx, responseKey{}, &resp), f.conn.connection, list)
 	if err != nil {
 		return err
+	}
+	if resp != nil {
+		if now, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
+			f.started = now
+		}
 	}
 	if len(found) == 0 {
 		if f.only != "" {
@@ -383,7 +391,7 @@ func (f *follower) update(target *v1.Target) {
 		}
 	}
 	known := ok || f.beginning
-	if !known && target.CreationTimestamp.After(f.started) {
+	if !known && !target.CreationTimestamp.Time.Before(f.started) {
 		known = true
 	}
 	t.target = target
@@ -407,6 +415,7 @@ func (f *follower) endOnly(t *followedTarget) {
 func (f *follower) remove(uid types.UID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.connected(f)
 	t, ok := f.targets[uid]
 	if !ok || t.target == nil {
 		return
@@ -530,12 +539,15 @@ type instanceStream struct {
 	to       *lineSource
 	// past is set until what there was at the beginning has been read.
 	past bool
+	// stands is since when there is a connection, zero if there was none.
+	stands time.Time
 }
 
 func (s *instanceStream) run() {
 	defer s.ended()
-	delay := s.retryDelay
+	delay := time.Duration(0)
 	for {
+		s.stands = time.Time{}
 		before := s.instance.position
 		err := s.once()
 		var output *outputError
@@ -573,7 +585,7 @@ func (s *instanceStream) run() {
 			return
 		case transient(err):
 			if s.instance.position != before {
-				delay = s.retryDelay
+				delay = 0
 			}
 			s.disconnected(s.instance, err)
 		case s.only != "":
@@ -586,11 +598,27 @@ func (s *instanceStream) run() {
 		}
 		s.past = false // the others don't wait
 		s.to.set(sourceAway)
-		if !sleep(s.ctx, delay) {
+		stood := time.Duration(0)
+		if !s.stands.IsZero() {
+			stood = time.Since(s.stands)
+		}
+		delay = nextDelay(s.retryDelay, delay, stood)
+		// A server that is lost is lost to many at once.
+		if !sleep(s.ctx, delay/2+rand.N(delay)) {
 			return
 		}
-		delay = min(2*delay, maxRetryDelay)
 	}
+}
+
+// nextDelay returns about how long to wait before a stream is resumed, after the
+// last such pause, 0 if there was none that matters, and after it stood for some
+// time. A log may be quiet: a connection that outlives the pause before it was
+// a success, too.
+func nextDelay(first, last, stood time.Duration) time.Duration {
+	if last == 0 || stood > last {
+		return first
+	}
+	return min(2*last, maxRetryDelay)
 }
 
 // once streams until the log ends or breaks off.
@@ -598,9 +626,15 @@ func (s *instanceStream) once() error {
 	query := s.resume(s.origin.instance, s.instance)
 	query.Follow = !s.past
 	return s.conn.stream(s.ctx, s.origin.target, query, func(resp *http.Response, body io.Reader) error {
+		s.stands = time.Now()
 		s.mu.Lock()
 		s.connected(s.instance)
 		s.mu.Unlock()
+		if name := resp.Header.Get(v1.LogInstanceHeader); name != "" && s.origin.instance == "" {
+			named := *s.origin
+			named.instance = name
+			s.origin = &named
+		}
 		if s.instance.opened.IsZero() {
 			s.instance.opened = time.Now()
 			s.verbose("Following %s.", s.origin)
@@ -637,6 +671,9 @@ func (s *instanceStream) ended() {
 	defer s.mu.Unlock()
 	t, instance := s.t, s.instance
 	instance.streaming = false
+	if s.ctx.Err() == nil {
+		s.connected(instance) // by what has said that there is nothing more
+	}
 	delete(s.lost, instance)
 	switch {
 	case s.only != "" && !s.query.AllInstances:

@@ -19,6 +19,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/cli-runtime/pkg/genericiooptions"
 	"k8s.io/klog/v2"
 	"k8s.io/utils/ptr"
@@ -569,6 +570,100 @@ func TestPastThatEndsInTheMiddleOfALine(t *testing.T) {
 			}
 			cmd.cancel(terminated{syscall.SIGINT})
 			cmd.wait()
+		})
+	}
+}
+
+// Whoever may not read targets knows the instance from the answer: a quiet log,
+// too, is resumed where it was.
+func TestQuietLogAloneIsResumed(t *testing.T) {
+	noLeaks(t)
+	server := newTestServer(t, process("web"))
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	logs.of("web-0").write(at(1, "one"))
+	server.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.HasSuffix(r.URL.Path, "/log") {
+			return false
+		}
+		writeError(w, apierrors.NewForbidden(v1.Resource("targets"), "web", errors.New("no")))
+		return true
+	}
+	cmd := server.start(nil, "logs", "-f", "web", "--tail=0")
+	until(t, "the stream", func() bool { return len(logs.of("web-0").openings()) == 1 })
+	logs.of("web-0").change(func(l *logOf) { l.cut++ })
+	until(t, "the next stream", func() bool { return len(logs.of("web-0").openings()) == 2 })
+	logs.of("web-0").write(at(2, "two"))
+	until(t, "the line", func() bool { return cmd.out.String() == "two\n" })
+	again := logs.of("web-0").openings()[1]
+	if again.Instance != "web-0" || again.ResumeAfter == "" {
+		t.Errorf("resumed with instance %q after %q, want web-0 and its cursor", again.Instance, again.ResumeAfter)
+	}
+}
+
+// The last of what was lost may be no more when the server is there again.
+func TestConnectionStandsAgainWithNothingToFollow(t *testing.T) {
+	noLeaks(t)
+	web := process("web")
+	server := newTestServer(t, instances(web, map[string]int{"web-0": 0}))
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	var gone atomic.Bool
+	server.log = func(w http.ResponseWriter, r *http.Request, target string) {
+		if gone.Load() {
+			writeError(w, apierrors.NewNotFound(v1.Resource("targets"), "web-0"))
+			return
+		}
+		logs.serve(w, r, target)
+	}
+	logs.of("web-0").write(at(1, "one"))
+	cmd := server.start(nil, "logs", "-f", "-l", "app=shop")
+	until(t, "the line", func() bool { return cmd.out.String() == "one\n" })
+	gone.Store(true)
+	server.apply(instances(web, nil))
+	logs.of("web-0").change(func(l *logOf) { l.cut++ })
+	until(t, "the end", func() bool { return strings.HasSuffix(cmd.errOut.String(), regained) })
+	if diff := cmp.Diff(lostWarning+regained, cmd.errOut.String()); diff != "" {
+		t.Errorf("stderr (-want +got):\n%s", diff)
+	}
+}
+
+// What is new is told by the server's clock.
+func TestTargetsThatComeLaterWhereClocksDiffer(t *testing.T) {
+	noLeaks(t)
+	server := newTestServer(t)
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	now := time.Now().Add(-time.Hour)
+	server.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Date", now.UTC().Format(http.TimeFormat))
+		return false
+	}
+	cmd := server.start(nil, "logs", "-f", "-l", "app=shop", "--tail=1")
+	until(t, "the watch", server.watched)
+	logs.of("web-0").write(at(1, "one"), at(2, "two"))
+	server.apply(instances(process("web", func(target *v1.Target) {
+		target.CreationTimestamp = metav1.NewTime(now.Truncate(time.Second))
+	}), map[string]int{"web-0": 0}))
+	until(t, "the last line", func() bool { return strings.HasSuffix(cmd.out.String(), "two\n") })
+	if diff := cmp.Diff("one\ntwo\n", cmd.out.String()); diff != "" {
+		t.Errorf("stdout (-want +got):\n%s", diff)
+	}
+}
+
+func TestNextDelay(t *testing.T) {
+	const first = time.Second
+	for name, test := range map[string]struct{ last, stood, want time.Duration }{
+		"the first time":                               {0, 0, first},
+		"after an attempt that failed":                 {first, 0, 2 * first},
+		"after a connection that broke soon":           {4 * first, first, 8 * first},
+		"it is bounded":                                {20 * first, 0, maxRetryDelay},
+		"after a quiet connection":                     {first, time.Minute, first},
+		"after a quiet connection that was waited for": {maxRetryDelay, time.Hour, first},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := nextDelay(first, test.last, test.stood); got != test.want {
+				t.Errorf("%v, want %v", got, test.want)
+			}
 		})
 	}
 }

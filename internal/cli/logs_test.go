@@ -334,6 +334,11 @@ func TestFollowResumesOneTarget(t *testing.T) {
 			}
 			cmd := server.start(nil, append([]string{"logs", "-f"}, test.args...)...)
 			until(t, "the first lines", func() bool { return cmd.out.String() == test.before })
+			follows := func(o v1.TargetLogOptions) bool { return o.Follow }
+			until(t, "all streams", func() bool {
+				return slices.ContainsFunc(logs.of("web-0").openings(), follows) &&
+					(!slices.Contains(test.args, "--all-instances") || slices.ContainsFunc(logs.of("web-1").openings(), follows))
+			})
 
 			// The server goes, and what is written meanwhile isn't lost.
 			down.Store(true)
@@ -396,6 +401,10 @@ func TestOneWarningForAllStreams(t *testing.T) {
 	}
 	cmd := server.start(nil, "logs", "-f", "-l", "app=shop")
 	until(t, "all lines", func() bool { return strings.Count(cmd.out.String(), "\n") == targets })
+	// Each has read the past, and follows.
+	each(func(name string) {
+		until(t, name, func() bool { return len(logs.of(name+"-0").openings()) == 2 })
+	})
 	down.Store(true)
 	each(func(name string) { logs.of(name + "-0").change(func(l *logOf) { l.cut++ }) })
 	// Each has noticed: some may be turned away twice before others once.
@@ -632,6 +641,7 @@ func (l *logs) serve(w http.ResponseWriter, r *http.Request, _ string) {
 				cursor = timeOf(l.t, log.lines[n-1])
 			}
 			w.Header().Set(cursorHeader, cursor.Format(time.RFC3339Nano))
+			w.Header().Set(v1.LogInstanceHeader, name)
 		}
 		log.mu.Unlock()
 	}
