@@ -237,8 +237,8 @@ type logSource struct {
 	reader   driver.LogReader
 	// line is the next one, read but not yet written.
 	line driver.LogLine
-	// last is the time of the last line that was written, the cursor from
-	// which to go on.
+	// last is the time of the last line that was written, or one before the
+	// first that is wanted: the cursor from which to go on.
 	last time.Time
 }
 
@@ -282,19 +282,22 @@ func (l *logStream) reopen(ctx context.Context, source *logSource, selected driv
 		return err
 	}
 	source.conn, source.reader = conn, reader
+	if reader, ok := reader.(driver.LogCursor); ok && source.last.IsZero() {
+		source.last = reader.Before()
+	}
 	return nil
 }
 
 // copy writes the logs until they end, or ctx does.
 func (l *logStream) copy(ctx context.Context, out io.Writer, format *formatter, all bool) error {
-	if l.selected.Follow && all {
+	if l.selected.Follow && all && !l.selected.Previous {
 		if err := l.merge(ctx, out, format); err != nil {
 			return err
 		}
 		l.close()
 		return l.followAll(ctx, out, format)
 	}
-	if !l.selected.Follow {
+	if !l.selected.Follow || all {
 		return l.merge(ctx, out, format)
 	}
 	source := l.sources[0]
@@ -458,7 +461,8 @@ func (l *logStream) followAll(ctx context.Context, out io.Writer, format *format
 		follow := func(name string) error {
 			source := known[name]
 			if source == nil {
-				source = &logSource{instance: name}
+				// It is new, and so is all of its log.
+				source = &logSource{instance: name, last: time.Unix(0, 0)}
 				known[name] = source
 			}
 			if err := l.reopen(ctx, source, l.resume(source)); err != nil {

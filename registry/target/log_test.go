@@ -90,6 +90,15 @@ type fakeReader struct {
 	next int
 }
 
+func (r *fakeReader) Before() time.Time {
+	r.d.mu.Lock()
+	defer r.d.mu.Unlock()
+	if r.next == 0 {
+		return time.Unix(0, 0)
+	}
+	return r.log.lines[r.next-1].Time
+}
+
 func (r *fakeReader) Next(ctx context.Context) (driver.LogLine, error) {
 	stop := context.AfterFunc(ctx, func() {
 		r.d.mu.Lock()
@@ -245,6 +254,71 @@ func TestFollowingAllInstances(t *testing.T) {
 	want := "[web-0] one\n[web-0] two\n[web-0] three\n[web-1] joined\n[web-0] last\n"
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Errorf("output (-want +got):\n%s", diff)
+	}
+}
+
+// What is written while the logs so far are read, and by instances that come
+// later, is new: it isn't cut to the last lines.
+func TestFollowingTheTailOfAllInstances(t *testing.T) {
+	d := newFakeDriver()
+	d.write("web-0", at(1, "old"))
+	d.write("web-1")
+	logs := logsOf(d, driver.LogOptions{Follow: true, Tail: ptr.To(int64(0))})
+	defer logs.close()
+	watcher := watch.NewFakeWithOptions(watch.FakeOptions{ChannelSize: 10})
+	logs.watch = func(context.Context, *internalversion.ListOptions) (watch.Interface, error) { return watcher, nil }
+	first := logs.selected
+	first.Follow = false
+	for _, name := range []string{"web-0", "web-1"} {
+		if err := logs.open(t.Context(), name, first); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := logs.merge(t.Context(), io.Discard, &formatter{}); err != nil {
+		t.Fatal(err)
+	}
+	d.write("web-0", at(2, "a"))
+	d.write("web-1", at(3, "b"))
+	d.write("web-2", at(4, "c"), at(5, "d"))
+
+	out := &lockedBuffer{}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- logs.followAll(ctx, out, &formatter{prefix: true}) }()
+	watcher.Add(targetWith("web-0", "web-1", "web-2"))
+	defer func() {
+		cancel()
+		watcher.Stop()
+		<-done
+	}()
+	for _, want := range []string{"[web-0] a\n", "[web-1] b\n", "[web-2] c\n", "[web-2] d\n"} {
+		waitFor(t, want, func() bool { return strings.Contains(out.String(), want) })
+	}
+	if strings.Contains(out.String(), "old") {
+		t.Errorf("output %q has a line that isn't wanted", out.String())
+	}
+}
+
+// The previous runs have ended: there is nothing to follow.
+func TestFollowingThePreviousRunsOfAllInstancesEnds(t *testing.T) {
+	d := newFakeDriver()
+	d.write("web-0", at(1, "a"))
+	logs := logsOf(d, driver.LogOptions{Follow: true, Previous: true})
+	defer logs.close()
+	logs.watch = func(context.Context, *internalversion.ListOptions) (watch.Interface, error) {
+		return nil, errors.New("it is watched")
+	}
+	first := logs.selected
+	first.Follow = false
+	if err := logs.open(t.Context(), "web-0", first); err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	if err := logs.copy(t.Context(), &out, &formatter{}, true); err != nil {
+		t.Fatal(err)
+	}
+	if got := out.String(); got != "a\n" {
+		t.Errorf("output %q, want the previous run's", got)
 	}
 }
 
