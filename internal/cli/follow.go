@@ -41,6 +41,18 @@ var (
 	errOver = errors.New("the log has ended")
 )
 
+// lockedWriter lets many streams report.
+type lockedWriter struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (l *lockedWriter) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
+}
+
 // follower follows the logs of the targets that a selector selects, or of one
 // target, with one stream for each instance:
 //

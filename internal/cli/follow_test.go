@@ -484,6 +484,27 @@ func TestInterruptEndsAFollowerWhoseOutputIsStuck(t *testing.T) {
 	close(out.free)
 }
 
+func TestInterruptEndsALogWhoseOutputIsStuck(t *testing.T) {
+	noLeaks(t)
+	server := newTestServer(t, instances(process("web"), map[string]int{"web-0": 0}))
+	logs := &logs{t: t, logs: map[string]*logOf{}}
+	server.log = logs.serve
+	logs.of("web-0").write(at(1, "one"))
+	out := &stuckPipe{writing: make(chan struct{}), free: make(chan struct{})}
+	free := sync.OnceFunc(func() { close(out.free) })
+	defer free()
+	cmd := startWith(t, genericiooptions.IOStreams{Out: out}, "--kubeconfig", server.kubeconfig(), "logs", "web")
+	select {
+	case <-out.writing:
+	case <-time.After(timeout):
+		t.Fatal("nothing is written")
+	}
+	cmd.cancel(terminated{syscall.SIGINT})
+	if code := cmd.wait(); code != 130 {
+		t.Errorf("exit code %d, want 130", code)
+	}
+}
+
 func TestLogAloneMayBeFollowed(t *testing.T) {
 	// Who may read logs, and not targets, doesn't know the instances' names.
 	noLeaks(t)

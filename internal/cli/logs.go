@@ -228,10 +228,26 @@ func (o *logsOptions) run(ctx context.Context, c *client) error {
 	}
 	if !o.follow && o.selector == "" && !o.prefix && !o.json() {
 		// The server's bytes are what is wanted.
-		return conn.stream(ctx, o.target, query, func(_ *http.Response, body io.Reader) error {
-			_, err := io.Copy(outputWriter{c.Out}, body)
+		copied := make(chan error, 1)
+		go func() {
+			copied <- conn.stream(ctx, o.target, query, func(_ *http.Response, body io.Reader) error {
+				_, err := io.Copy(outputWriter{c.Out}, body)
+				return err
+			})
+		}()
+		select {
+		case err := <-copied:
 			return err
-		})
+		case <-ctx.Done():
+		}
+		// As for the merger: a write that is stuck ends with the process.
+		timer := time.NewTimer(abortGrace)
+		defer timer.Stop()
+		select {
+		case <-copied:
+		case <-timer.C:
+		}
+		return context.Cause(ctx)
 	}
 	out := newMerger(c.Out, lineStyle{
 		prefix:     o.prefix,

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -177,16 +178,46 @@ func openReady(fd int) (*os.File, error) {
 	return file, nil
 }
 
-// lockedWriter lets many connections report.
-type lockedWriter struct {
-	mu sync.Mutex
-	w  io.Writer
+// maxUnprinted is how many messages wait for who reads them. More are dropped.
+const maxUnprinted = 1000
+
+// printer writes messages without holding up those who have them: a pipe that
+// nobody reads is no reason for connections to wait, nor for an interrupt.
+type printer struct {
+	messages chan []byte
+	done     chan struct{}
 }
 
-func (l *lockedWriter) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.w.Write(p)
+func newPrinter(w io.Writer) *printer {
+	p := &printer{messages: make(chan []byte, maxUnprinted), done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		for message := range p.messages {
+			_, _ = w.Write(message) // nobody can be told
+		}
+	}()
+	return p
+}
+
+// Write takes one message.
+func (p *printer) Write(message []byte) (int, error) {
+	select {
+	case p.messages <- bytes.Clone(message):
+	default:
+	}
+	return len(message), nil
+}
+
+// close waits until all is written, if somebody reads it. There are no more
+// messages. A write to a pipe that nobody reads ends with the process.
+func (p *printer) close() {
+	close(p.messages)
+	timer := time.NewTimer(abortGrace)
+	defer timer.Stop()
+	select {
+	case <-p.done:
+	case <-timer.C:
+	}
 }
 
 func (o *portForwardOptions) run(ctx context.Context, c *client) error {
@@ -198,17 +229,20 @@ func (o *portForwardOptions) run(ctx context.Context, c *client) error {
 	if err != nil {
 		return err
 	}
+	out, errOut := newPrinter(c.Out), newPrinter(c.ErrOut)
 	f := &forwarder{
 		options: o,
 		conn:    conn,
-		out:     &lockedWriter{w: c.Out},
-		errOut:  &lockedWriter{w: c.ErrOut},
+		out:     out,
+		errOut:  errOut,
 	}
 	f.human = f.out
 	if o.json {
 		f.human = f.errOut
 	}
 	err = f.run(ctx)
+	out.close()
+	errOut.close()
 	if ctx.Err() != nil {
 		// ^C is how one ends a port-forward.
 		return nil

@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/cli-runtime/pkg/genericiooptions"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/streaming"
@@ -689,5 +690,40 @@ func TestSilentServerIsGivenUp(t *testing.T) {
 	}
 	if err := transport.cause(); !errors.Is(err, errSilent) {
 		t.Errorf("cause %v, want %v", err, errSilent)
+	}
+}
+
+// stuckAfter is a pipe whose reader goes on no more once it has read a text.
+type stuckAfter struct {
+	*output
+	text string
+	free chan struct{}
+}
+
+func (s stuckAfter) Write(p []byte) (int, error) {
+	if strings.Contains(s.String(), s.text) {
+		<-s.free
+	}
+	return s.output.Write(p)
+}
+
+func TestPortForwardWhoseOutputNobodyReads(t *testing.T) {
+	noLeaks(t)
+	server := newTestServer(t, process("web"))
+	b := newBackend(t)
+	server.servePorts(b)
+	out := &output{}
+	stuck := stuckAfter{out, "Forwarding from", make(chan struct{})}
+	defer close(stuck.free)
+	cmd := startWith(t, genericiooptions.IOStreams{Out: stuck}, "--kubeconfig", server.kubeconfig(), "port-forward", "--address=127.0.0.1", "web", ":80")
+	cmd.out = out
+	address := cmd.address("80")
+	for range 3 {
+		local := dial(t, address)
+		wantBytes(t, local, b.next(t))
+	}
+	cmd.cancel(terminated{syscall.SIGTERM})
+	if code := cmd.wait(); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
 	}
 }
