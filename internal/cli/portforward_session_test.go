@@ -600,6 +600,33 @@ func TestFlows(t *testing.T) {
 	})
 }
 
+func TestLocalSocketThatAnotherHasReplacedStays(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	first, err := listenUnix(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	second, err := listenUnix(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("the other's socket is gone: %v", err)
+	}
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the socket is still there: %v", err)
+	}
+}
+
 func TestPortForwardOfUnixSockets(t *testing.T) {
 	noLeaks(t)
 	server := newTestServer(t, process("web"))

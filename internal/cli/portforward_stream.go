@@ -327,7 +327,8 @@ func (e localEnd) listenAt(address listenAddress) (localListener, error) {
 }
 
 // listenUnix makes a socket for its user alone. One that nobody listens on any
-// more is replaced. The socket is removed when the listener is closed.
+// more is replaced. The socket is removed when the listener is closed, unless
+// another one has taken its place.
 func listenUnix(path string) (net.Listener, error) {
 	config := net.ListenConfig{Control: restrictSocket}
 	listener, err := config.Listen(context.Background(), "unix", path)
@@ -343,7 +344,24 @@ func listenUnix(path string) (net.Listener, error) {
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(err, listener.Close())
 	}
-	return listener, nil
+	made, err := os.Lstat(path)
+	if err != nil {
+		return nil, errors.Join(err, listener.Close())
+	}
+	return &socketListener{UnixListener: listener.(*net.UnixListener), path: path, made: made}, nil
+}
+
+// socketListener removes no other's socket.
+type socketListener struct {
+	*net.UnixListener
+	path string
+	made fs.FileInfo
+}
+
+func (l *socketListener) Close() error {
+	now, err := os.Lstat(l.path)
+	l.SetUnlinkOnClose(err == nil && os.SameFile(l.made, now))
+	return l.UnixListener.Close()
 }
 
 // removeStale removes a socket that nobody listens on.
