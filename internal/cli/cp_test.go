@@ -408,12 +408,17 @@ func TestCopiesThatFail(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if err := syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	tests := map[string]struct {
 		bare    bool
 		without []string
 		args    []string
 		want    string
 	}{
+		"by tar, a named pipe for a file here":    {bare: true, args: []string{"cp", "web:plain", dir + "/pipe"}, want: "error: pipe: there is a named pipe, which isn't replaced\n"},
+		"by tar, a named pipe for a file":         {bare: true, args: []string{"cp", dir + "/plain", "web:pipe"}, want: "error: on target web: pipe: there is a device, a named pipe or a socket, which isn't replaced\n"},
 		"a source that isn't there":               {args: []string{"cp", "web:none", "x"}, want: "error: on target web: " + dir + "/none: no such file or directory\n"},
 		"a local source that isn't there":         {args: []string{"cp", dir + "/none", "web:x"}, want: "error: " + dir + "/none: no such file or directory\n"},
 		"a target that isn't there":               {args: []string{"cp", "db:none", "x"}, want: `Error from server (NotFound): targets.streaming.aaserver.io "db" not found` + "\n"},

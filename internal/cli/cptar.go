@@ -159,6 +159,21 @@ func (t *tarCopy) isDir(ctx context.Context, name string) (bool, error) {
 	return false, nil
 }
 
+// replaceable fails if a file on the target would take the place of a device, a
+// named pipe or a socket, which tar removes without asking.
+func (t *tarCopy) replaceable(ctx context.Context) error {
+	for _, test := range []string{"-e", "-f"} {
+		code, _, err := t.program(ctx, nil, "test", test, t.remote)
+		if err != nil {
+			return err
+		}
+		if code != 0 && test == "-e" || code == 0 && test == "-f" {
+			return nil
+		}
+	}
+	return finalf("on target %s: %s: there is a device, a named pipe or a socket, which isn't replaced", t.ref, t.remote)
+}
+
 func (t *tarCopy) attempt(ctx context.Context) error {
 	remoteIsDir, err := t.isDir(ctx, t.remote)
 	if err != nil {
@@ -200,6 +215,11 @@ func (t *tarCopy) sendTar(ctx context.Context, remoteIsDir bool) error {
 			dir = "."
 		}
 		t.exact = info.IsDir() && name != ""
+		if !info.IsDir() {
+			if err := t.replaceable(ctx); err != nil {
+				return err
+			}
+		}
 	}
 	// Files have the user's own modes and nobody's owner.
 	err = t.duplex(ctx, []string{"tar", "-xpof", "-", "-C", tarPath(dir)}, func(ctx context.Context, in io.ReadCloser, out io.Writer) error {
