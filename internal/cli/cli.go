@@ -48,22 +48,19 @@ type terminated struct {
 
 func (t terminated) Error() string { return "interrupted by " + t.signal.String() }
 
+// oneWish is how soon after a signal another one means nothing more: timeout(1)
+// and others signal a process, and then its group with it in it.
+const oneWish = 500 * time.Millisecond
+
 // Main runs the command line of this process and returns its exit code. A
-// first SIGINT, SIGTERM or SIGHUP ends the command in good order, a second one
+// first SIGINT, SIGTERM or SIGHUP ends the command in good order, a later one
 // at once.
 func Main() int {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	go func() {
-		s := <-signals
-		signal.Stop(signals)
-		if number, ok := s.(syscall.Signal); ok {
-			cancel(terminated{number})
-		}
-		cancel(nil)
-	}()
+	go endOn(signals, cancel, func() { signal.Stop(signals) })
 
 	args := os.Args[1:]
 	name := strings.TrimSuffix(filepath.Base(os.Args[0]), ".exe")
@@ -71,6 +68,18 @@ func Main() int {
 		args = append([]string{cobra.ShellCompRequestCmd}, args...)
 	}
 	return Execute(ctx, genericiooptions.IOStreams{In: os.Stdin, Out: os.Stdout, ErrOut: os.Stderr}, args)
+}
+
+// endOn ends a command with the first signal, and then lets signals do what they
+// do by themselves.
+func endOn(signals <-chan os.Signal, cancel context.CancelCauseFunc, stop func()) {
+	s := <-signals
+	if number, ok := s.(syscall.Signal); ok {
+		cancel(terminated{number})
+	}
+	cancel(nil)
+	time.Sleep(oneWish)
+	stop()
 }
 
 // Execute runs one command line and returns its exit code. Errors have been

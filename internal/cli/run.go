@@ -263,6 +263,9 @@ func (o *runOptions) run(ctx context.Context, c *client, target *v1.Target) erro
 	case !o.rm:
 		return err
 	}
+	if ctx.Err() != nil && !o.quiet {
+		fmt.Fprintf(c.ErrOut, "Deleting target %s; its processes have %v to end. Another ctrl-c or signal leaves that to the server.\n", o.target, created.Spec.GracePeriod())
+	}
 	if removeErr := conn.remove(context.WithoutCancel(ctx), created); removeErr != nil {
 		fmt.Fprintf(c.ErrOut, "error: target %s may be left: %v; delete it with 'kubectl delete target %[1]s'\n", o.target, removeErr)
 		if err == nil {

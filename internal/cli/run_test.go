@@ -338,6 +338,10 @@ func TestRunRemoves(t *testing.T) {
 			if server.targets["web"] != nil {
 				t.Errorf("the target is left; stderr %q", cmd.errOut)
 			}
+			told := strings.Contains(cmd.errOut.String(), "Deleting target web; its processes have 30s to end.")
+			if interrupted := test.wantCode == 130; told != interrupted {
+				t.Errorf("it told that ending may take long: %v, want %v; stderr %q", told, interrupted, cmd.errOut)
+			}
 		})
 	}
 }
