@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -237,7 +236,7 @@ func (o *cpOptions) copyAll(ctx context.Context, show *copyDisplay) error {
 		// A session that stood and broke is the same to the user, whether the
 		// two ends had met or were about to.
 		_, broken := errors.AsType[*brokenError](err)
-		if met = met || result.Met; !met && !broken || !worthRetrying(err) {
+		if met = met || result.Met; !met && !broken || !transient(err) {
 			return err
 		}
 		// Another instance wouldn't have what this one has.
@@ -360,20 +359,6 @@ func unknownCommand(err error) bool {
 		return exit.ExitStatus() == 126 || exit.ExitStatus() == 127
 	}
 	return apierrors.IsBadRequest(err) || apierrors.IsInvalid(err)
-}
-
-// worthRetrying says whether what ended a connection may pass.
-func worthRetrying(err error) bool {
-	status, ok := errors.AsType[*apierrors.StatusError](err)
-	if !ok {
-		return true
-	}
-	switch code := status.ErrStatus.Code; code {
-	case http.StatusConflict, http.StatusTooManyRequests, http.StatusRequestTimeout:
-		return true
-	default:
-		return code >= http.StatusInternalServerError
-	}
 }
 
 // lastWords keeps the end of what a command says of itself.

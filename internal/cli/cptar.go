@@ -45,7 +45,7 @@ func (o *cpOptions) copyByTar(ctx context.Context, show *copyDisplay) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if fatal := (*files.FatalError)(nil); errors.As(err, &fatal) || errors.Is(err, errFinal) || !t.met || !worthRetrying(err) {
+		if fatal := (*files.FatalError)(nil); errors.As(err, &fatal) || errors.Is(err, errFinal) || !t.met || !transient(err) {
 			return err
 		}
 		failed++

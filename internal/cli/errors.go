@@ -161,3 +161,18 @@ func responseError(resp *http.Response, target string) error {
 	}
 	return generic
 }
+
+// transient says whether trying again may help: the server wasn't reached,
+// isn't up to it now, or what it sent or took broke off.
+func transient(err error) bool {
+	var status *apierrors.StatusError
+	if !errors.As(err, &status) {
+		return true
+	}
+	switch code := status.ErrStatus.Code; code {
+	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooManyRequests:
+		return true
+	default:
+		return code >= http.StatusInternalServerError
+	}
+}

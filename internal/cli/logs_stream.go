@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
 
@@ -197,21 +196,6 @@ func (b *watchedBody) Read(p []byte) (int, error) {
 	b.watchdog.Reset(b.silence)
 	defer b.watchdog.Stop()
 	return b.ReadCloser.Read(p)
-}
-
-// transient says whether trying again may help: the server wasn't reached,
-// isn't up to it now, or the log broke off.
-func transient(err error) bool {
-	var status *apierrors.StatusError
-	if !errors.As(err, &status) {
-		return true
-	}
-	switch code := status.ErrStatus.Code; code {
-	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooManyRequests:
-		return true
-	default:
-		return code >= http.StatusInternalServerError
-	}
 }
 
 // position is how far an instance's log has been read.
