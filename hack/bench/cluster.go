@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -26,7 +27,7 @@ type cluster struct {
 	server *server
 	// client asks kube-apiserver.
 	client *client
-	// backend is what is forwarded to, once it runs.
+	// backend is what is forwarded to.
 	backend *v1.Target
 }
 
@@ -35,12 +36,13 @@ const (
 	clusterNamespace = "default"
 )
 
-func startCluster(ctx context.Context, o options, dir string, args ...string) (c *cluster, err error) {
+// startCluster starts all of it, and the backend as a target.
+func startCluster(ctx context.Context, o options, dir string) (_ *cluster, err error) {
 	plane, info, err := startControlPlane(ctx, filepath.Join(o.bin, "controlplane", "controlplane"), dir)
 	if err != nil {
 		return nil, err
 	}
-	c = &cluster{dir: dir, plane: plane, info: info}
+	c := &cluster{dir: dir, plane: plane, info: info}
 	defer func() {
 		if err != nil {
 			c.stop()
@@ -51,12 +53,15 @@ func startCluster(ctx context.Context, o options, dir string, args ...string) (c
 	}
 	c.server = &server{
 		name: "aaserver", program: filepath.Join(o.bin, "aaserver"), plane: info, dir: dir,
-		args: append([]string{"serve", "--data-dir=" + filepath.Join(dir, "data"), "--embedded-agent=" + clusterAgent}, args...),
+		args: []string{"serve", "--data-dir=" + filepath.Join(dir, "data"), "--embedded-agent=" + clusterAgent},
 	}
 	if err := c.server.start(ctx); err != nil {
 		return nil, err
 	}
-	return c, c.register(ctx)
+	if err := c.register(ctx); err != nil {
+		return nil, err
+	}
+	return c, c.runBackend(ctx)
 }
 
 // register puts the server behind kube-aggregator, and makes a class that
@@ -144,6 +149,19 @@ func (c *cluster) run(ctx context.Context, name string, spec v1.TargetSpec) (*v1
 		return nil
 	})
 	return target, err
+}
+
+// runBackend starts the service that is forwarded to, as a target.
+func (c *cluster) runBackend(ctx context.Context) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	c.backend, err = c.run(ctx, backendName, v1.TargetSpec{
+		Process: &v1.ProcessSource{Command: []string{self, "role-backend"}, Args: []string{"--listen=127.0.0.1:$(AASERVER_PORT_DATA)"}},
+		Ports:   []v1.TargetPort{{Name: "data", Port: backendPort}},
+	})
+	return err
 }
 
 func (c *cluster) stop() {

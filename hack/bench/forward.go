@@ -84,9 +84,6 @@ func measureForward(ctx context.Context, o options, dir string, out io.Writer) e
 		return err
 	}
 	defer c.stop()
-	if err := c.runBackend(ctx); err != nil {
-		return err
-	}
 	backend := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(c.backend.Status.Instances[0].Ports[0].HostPort)))
 
 	var forwards []*forward

@@ -6,13 +6,10 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"runtime"
 	"time"
 
 	"k8s.io/client-go/tools/remotecommand"
-
-	v1 "aaserver.io/aaserver/apis/streaming/v1"
 )
 
 // attempts is how often each first byte is waited for in a round.
@@ -26,9 +23,6 @@ func measureLatency(ctx context.Context, o options, dir string, out io.Writer) e
 		return err
 	}
 	defer c.stop()
-	if err := c.runBackend(ctx); err != nil {
-		return err
-	}
 	ways := []struct {
 		name string
 		try  func(ctx context.Context) (time.Duration, error)
@@ -65,19 +59,6 @@ func measureLatency(ctx context.Context, o options, dir string, out io.Writer) e
 	}
 	table(out, rows)
 	return nil
-}
-
-// runBackend starts the service that is forwarded to, as a target.
-func (c *cluster) runBackend(ctx context.Context) error {
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	c.backend, err = c.run(ctx, backendName, v1.TargetSpec{
-		Process: &v1.ProcessSource{Command: []string{self, "role-backend"}, Args: []string{"--listen=127.0.0.1:$(AASERVER_PORT_DATA)"}},
-		Ports:   []v1.TargetPort{{Name: "data", Port: backendPort}},
-	})
-	return err
 }
 
 func (c *cluster) firstOfGet(ctx context.Context) (time.Duration, error) {

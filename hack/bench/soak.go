@@ -83,9 +83,6 @@ func measureSoak(ctx context.Context, o options, dir string, out io.Writer) erro
 		return err
 	}
 	defer c.stop()
-	if err := c.runBackend(ctx); err != nil {
-		return err
-	}
 	if _, err := c.run(ctx, soakTicker, v1.TargetSpec{
 		Replicas: ptr.To[int32](3),
 		Process:  &v1.ProcessSource{Command: []string{"sh", "-c", "while :; do date; sleep 0.05; done"}},
