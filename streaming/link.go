@@ -355,7 +355,8 @@ func (l *link) bound() {
 // linger waits until the client, which has been told that this was all, closes
 // the connection, so that closing it here with unread data doesn't make the
 // kernel throw away what the client hasn't read. reader is closed when reading
-// has ended.
+// has ended; what a client that broke the protocol goes on to send is read
+// nevertheless, until closeGrace is over.
 func (l *link) linger(reader <-chan struct{}) {
 	began := l.now()
 	silence := min(lingerSilence, l.opts.PeerTimeout)
@@ -364,6 +365,9 @@ func (l *link) linger(reader <-chan struct{}) {
 	for {
 		select {
 		case <-reader:
+			if errors.Is(context.Cause(l.ctx), ErrProtocol) {
+				io.Copy(io.Discard, l)
+			}
 			return
 		case <-timer.C:
 			now := l.now()
