@@ -333,6 +333,7 @@ func TestTerminalIsRestoredAfterASignal(t *testing.T) {
 func TestSuspend(t *testing.T) {
 	server := newTestServer(t, process("web"))
 	server.serveExec(new(v1.TargetExecOptions), func(ctx context.Context, stdio streaming.Stdio) error {
+		fmt.Fprintln(stdio.Stdout, "go on")
 		line, err := bufio.NewReader(stdio.Stdin).ReadString('\n')
 		fmt.Fprintf(stdio.Stdout, "read %q\n", line)
 		return err
@@ -348,7 +349,7 @@ func TestSuspend(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "the request", func() bool { return len(server.seen()) > 0 })
+	until(t, "the session", func() bool { return strings.Contains(screen.String(), "go on") })
 	// A process without a shell as its parent ignores the key; the signal is
 	// the same.
 	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
