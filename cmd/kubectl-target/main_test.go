@@ -103,6 +103,17 @@ func TestKrewManifest(t *testing.T) {
 	}
 }
 
+func TestReleaseArchivesOfNoVersion(t *testing.T) {
+	out := filepath.Join(t.TempDir(), "dist")
+	text, err := exec.Command(krewDir+"archives.sh", "43021ab-dirty", "https://example.com", out).CombinedOutput()
+	if err == nil || !strings.Contains(string(text), "versions like v1.2.3") {
+		t.Errorf("%v: %s", err, text)
+	}
+	if _, err := os.Stat(out); err == nil {
+		t.Error("something was made nevertheless")
+	}
+}
+
 // TestReleaseArchives packs what a fake go builds.
 func TestReleaseArchives(t *testing.T) {
 	bin := t.TempDir()

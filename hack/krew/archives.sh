@@ -12,6 +12,11 @@ version=$1
 base_url=$2
 out=$3
 
+if ! [[ $version =~ ^v?[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.-]+)?$ ]]; then
+  echo "archives: Krew takes versions like v1.2.3, and this is \"$version\": tag the commit, or set VERSION" >&2
+  exit 1
+fi
+
 mkdir -p "$out"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
