@@ -21,8 +21,11 @@ import (
 	"time"
 
 	"github.com/moby/spdystream/spdy"
+	"k8s.io/apimachinery/pkg/util/portforward"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"aaserver.io/aaserver/streaming"
 )
 
 // Idle sessions are measured on a real standalone server, a process of its own,
@@ -49,6 +52,7 @@ type idleKind struct {
 const (
 	idleAttaches = 5000
 	idleExecs    = 300
+	idleForwards = 5000
 )
 
 func idleKinds() []idleKind {
@@ -61,6 +65,8 @@ func idleKinds() []idleKind {
 		{"attach, SPDY v4, TLS", attach, idleAttaches, idleSPDY},
 		{"exec, WebSocket v5, TLS", exec, idleExecs, idleWebSocket},
 		{"exec, SPDY v4, TLS", exec, idleExecs, idleSPDY},
+		{"port-forward, mux, TLS", "/portforward", idleForwards, idleMux},
+		{"port-forward, SPDY, TLS", "/portforward", idleForwards, idleForwardSPDY},
 	}
 }
 
@@ -81,12 +87,16 @@ func upgrade(conn net.Conn, method, host, path, headers string) (*bufio.Reader, 
 	return r, nil
 }
 
-func upgradeWebSocket(conn net.Conn, host, path string) (*bufio.Reader, error) {
-	return upgrade(conn, http.MethodGet, host, path, "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n")
+func upgradeWebSocket(conn net.Conn, host, path, subprotocol string) (*bufio.Reader, error) {
+	return upgrade(conn, http.MethodGet, host, path, "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: "+subprotocol+"\r\n")
+}
+
+func upgradeSPDY(conn net.Conn, host, path, protocol string) (*bufio.Reader, error) {
+	return upgrade(conn, http.MethodPost, host, path, "Upgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: "+protocol+"\r\nContent-Length: 0\r\n")
 }
 
 func idleWebSocket(conn net.Conn, host, path string) error {
-	r, err := upgradeWebSocket(conn, host, path)
+	r, err := upgradeWebSocket(conn, host, path, "v5.channel.k8s.io")
 	if err != nil {
 		return err
 	}
@@ -96,7 +106,7 @@ func idleWebSocket(conn net.Conn, host, path string) error {
 }
 
 func idleSPDY(conn net.Conn, host, path string) error {
-	r, err := upgrade(conn, http.MethodPost, host, path, "Upgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\nContent-Length: 0\r\n")
+	r, err := upgradeSPDY(conn, host, path, "v4.channel.k8s.io")
 	if err != nil {
 		return err
 	}
@@ -117,6 +127,18 @@ func idleSPDY(conn net.Conn, host, path string) error {
 		}
 	}
 	return nil
+}
+
+// A session of port-forward stands once it is answered.
+
+func idleMux(conn net.Conn, host, path string) error {
+	_, err := upgradeWebSocket(conn, host, path, streaming.MuxProtocol)
+	return err
+}
+
+func idleForwardSPDY(conn net.Conn, host, path string) error {
+	_, err := upgradeSPDY(conn, host, path, portforward.PortForwardV1Name)
+	return err
 }
 
 // occupied is what a process has, in bytes, after a garbage collection.
