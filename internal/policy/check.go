@@ -231,6 +231,35 @@ func (c *check) ports(ports, old []v1.TargetPort, p *field.Path) {
 	}
 }
 
+// AllowTarget returns nil if a target may be connected to: if the class allows
+// what Check judges, but for the ports, each of which is asked for by AllowPort.
+// Else it fails with a *DeniedError that says what the class allows.
+func AllowTarget(class *v1.TargetClass, target *v1.Target, services []netip.Prefix) error {
+	if class == nil {
+		return errNoClass
+	}
+	portless := *target
+	portless.Spec.Ports = nil
+	errs := Check(class, &portless, CheckOptions{Services: services})
+	if len(errs) == 0 {
+		return nil
+	}
+	const more = "; and more"
+	reason := ""
+	for i, err := range errs {
+		text := err.Field + ": " + err.Detail
+		if i > 0 {
+			if len(reason)+len(text)+len(more) > maxMessageBytes {
+				reason += more
+				break
+			}
+			text = "; " + text
+		}
+		reason += text
+	}
+	return &DeniedError{Class: class.Name, reason: clip(reason, maxMessageBytes)}
+}
+
 // AllowPort returns nil if a port of the target may be forwarded, and else a
 // *DeniedError that says which may be.
 func AllowPort(class *v1.TargetClass, target *v1.Target, port uint16, protocol v1.Protocol) error {

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -281,13 +282,14 @@ func TestMessagesAreBounded(t *testing.T) {
 		"port that isn't allowed": AllowPort(class, target, 22, v1.ProtocolTCP).Error(),
 		"address":                 NewAddresses(class, nil).Allows(netip.MustParseAddr("::1%" + strings.Repeat("z", 4000))).Error(),
 		"unix socket":             AllowSocket(class, "/"+strings.Repeat("ü\x01", 1000)).Error(),
+		"target":                  AllowTarget(class, target, nil).Error(),
 	}
 	_, err := AllowReverse(class, 80)
 	messages["reverse forward"] = err.Error()
 	for i, err := range Check(class, target, CheckOptions{}) {
 		messages[fmt.Sprintf("error %d of Check", i)] = err.Detail
 	}
-	if want := maxErrors + 4; len(messages) != want {
+	if want := maxErrors + 5; len(messages) != want {
 		t.Errorf("%d messages, want %d", len(messages), want)
 	}
 	class.Spec.Ports.Allowed = nil
@@ -305,6 +307,56 @@ func TestMessagesAreBounded(t *testing.T) {
 	}
 	if got, want := messages["port that isn't listed"], "p0 (1 TCP), p1 (2 TCP)"; !strings.Contains(got, want) || !strings.Contains(got, " more") {
 		t.Errorf("got %q, want it to list %q and how many more", got, want)
+	}
+}
+
+func TestAllowTarget(t *testing.T) {
+	services := []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}
+	allowed := v1.TargetClassSpec{Sources: []string{"process", "tcp"}, Agents: []string{"edge"}, Users: []string{"web"}, Ports: v1.PortPolicy{Allowed: []v1.PortRange{{Port: 1}}}}
+	listing := func(spec *v1.TargetSpec) {
+		spec.Ports = []v1.TargetPort{{Name: "http", Port: 80, Protocol: v1.ProtocolTCP}}
+	}
+	tests := map[string]struct {
+		class  *v1.TargetClass
+		target v1.TargetSpec
+		want   string
+	}{
+		"what the class allows, with a port that it doesn't": {class: classOf(allowed), target: with(processOf("web"), listing)},
+		"without a class nothing is": {
+			target: processOf("web"),
+			want:   "without a TargetClass nothing is allowed",
+		},
+		"all that isn't is said": {
+			class: classOf(v1.TargetClassSpec{}), target: processOf("web"),
+			want: `spec.process: class "standard" allows the sources: none; spec.agentName: class "standard" allows the agents: none; spec.process.user: class "standard" allows the users: none`,
+		},
+		"nor is an endpoint among the cluster's services": {
+			class: classOf(allowed), target: tcpOf("10.96.0.1"),
+			want: `spec.tcp.endpoints[0].host: class "standard" does not allow the address 10.96.0.1: 10.96.0.0/12 (the cluster's services) has to be opened by an entry of addresses.allow that lies within it`,
+		},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			target := targetOf(tt.target)
+			ports := len(target.Spec.Ports)
+			got := ""
+			if err := AllowTarget(tt.class, target, services); err != nil {
+				got = err.Error()
+				if _, denied := errors.AsType[*DeniedError](err); !denied {
+					t.Errorf("a %T, want a *DeniedError", err)
+				}
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("error (-want +got):\n%s", diff)
+			}
+			if len(target.Spec.Ports) != ports {
+				t.Error("the target isn't what it was")
+			}
+		})
+	}
+	class, target := big()
+	if text := AllowTarget(class, target, nil).Error(); !strings.HasSuffix(text, "; and more") && !strings.HasSuffix(text, "…") {
+		t.Errorf("it doesn't say that there is more:\n%s", text)
 	}
 }
 

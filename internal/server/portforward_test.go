@@ -239,6 +239,22 @@ func testForwards(t *testing.T, s *policyServer) {
 		}
 	})
 
+	t.Run("a session whose target the class doesn't allow any more", func(t *testing.T) {
+		end := streaming.Endpoint{Network: "tcp", Port: 80}
+		before, err := client.Dial(ctx, end)
+		if err != nil {
+			t.Fatal(err)
+		}
+		narrower := *class.DeepCopy()
+		narrower.AgentUser = false
+		s.class(t, "local", narrower)
+		defer s.class(t, "local", class)
+		if _, err := client.Dial(ctx, end); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "spec.process.user: ") {
+			t.Errorf("a new connection: %v", err)
+		}
+		talk(t, before)
+	})
+
 	t.Run("a session of certain ports", func(t *testing.T) {
 		client := s.mux(t, "web", "ports=80")
 		stream, err := client.Dial(ctx, streaming.Endpoint{Network: "tcp", Port: 80})

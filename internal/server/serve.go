@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -37,6 +38,7 @@ import (
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	aaadmission "aaserver.io/aaserver/internal/admission"
+	"aaserver.io/aaserver/internal/admission/classpolicy"
 	"aaserver.io/aaserver/internal/driver"
 	"aaserver.io/aaserver/internal/recorder"
 	"aaserver.io/aaserver/internal/storage"
@@ -308,6 +310,7 @@ func (o *ServeOptions) config() (*Config, error) {
 		DrainTimeout: o.DrainTimeout,
 		Target: target.Options{
 			Drivers:       noDrivers,
+			Unjudged:      slices.Contains(o.Recommended.Admission.DisablePlugins, classpolicy.PluginName),
 			Limits:        o.Limits,
 			Secrets:       mainSecrets(main),
 			Dial:          (&net.Dialer{}).DialContext,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -287,12 +288,21 @@ func (c *connector) dialer(target *v1.Target) driver.DialFunc {
 		if err != nil {
 			return nil, err
 		}
-		services, err := c.opts.ServiceRanges()
+		services, err := c.services()
 		if err != nil {
-			return nil, driver.Errorf(driver.Unavailable, "which addresses are the cluster's services isn't known yet: %w", err)
+			return nil, err
 		}
 		return policy.NewDialer(policy.NewAddresses(class, services), policy.DialerOptions{}).DialContext(ctx, network, address)
 	}
+}
+
+// services are the cluster's service ranges.
+func (c *connector) services() ([]netip.Prefix, error) {
+	services, err := c.opts.ServiceRanges()
+	if err != nil {
+		return nil, driver.Errorf(driver.Unavailable, "which addresses are the cluster's services isn't known yet: %w", err)
+	}
+	return services, nil
 }
 
 // ability finds what a connection can do beyond being closed. It is the one

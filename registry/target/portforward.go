@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -304,7 +305,7 @@ func (f *forwarding) pick(said, name string) {
 }
 
 // now returns the target and its class as they are by now, if that class allows
-// what a stream wants.
+// the target, and what a stream wants.
 func (f *forwarding) now(ctx context.Context, allow func(*access) error) (*access, error) {
 	// No older than the session: a cache may answer.
 	ctx = request.WithNamespace(ctx, f.began.Namespace)
@@ -315,11 +316,30 @@ func (f *forwarding) now(ctx context.Context, allow func(*access) error) (*acces
 	if to.target.UID != f.began.UID {
 		return nil, notFound(fmt.Sprintf("target %q was deleted, and another one made by its name: connect again", f.began.Name))
 	}
-	if err := allow(to); err != nil {
+	err = f.judge(to)
+	if err == nil {
+		err = allow(to)
+	}
+	if err != nil {
 		f.tell(to.target, err)
 		return nil, statusError(err)
 	}
 	return to, nil
+}
+
+// judge asks the class about the target, as admission has when the session began.
+func (c *connector) judge(to *access) error {
+	if c.opts.Unjudged {
+		return nil
+	}
+	var services []netip.Prefix
+	if !to.target.Spec.Hosted() {
+		var err error
+		if services, err = c.services(); err != nil {
+			return err
+		}
+	}
+	return policy.AllowTarget(to.class, to.target, services)
 }
 
 // candidates are the instances that a stream may lead to, in the order in which

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -465,6 +466,144 @@ func TestForwardOutlivesInstances(t *testing.T) {
 		d.fail = map[string]error{"web-0": driver.Errorf(driver.NotRunning, "it has ended")}
 	})
 	wantStatus(t, dial(t, backend, end), http.StatusConflict, "it has ended")
+}
+
+// TestStreamsAreJudgedAsSessionsAre: a class that is tightened, or a target that
+// is another, binds new streams of a session, and leaves those that are open.
+func TestStreamsAreJudgedAsSessionsAre(t *testing.T) {
+	reached := func(d *fakePorts) {
+		d.target.Spec.Process = nil
+		d.target.Spec.TCP = &v1.TCPSource{Endpoints: []v1.Endpoint{{Name: "a", Host: "10.96.0.1", Port: 80}}}
+		d.class.Spec.Sources = []string{v1.SourceTCP}
+	}
+	for name, tt := range map[string]struct {
+		change   func(*fakePorts)
+		unjudged bool
+		services error
+		code     int32 // 0 if streams are to go on
+		want     string
+	}{
+		"a class that allows other sources": {
+			change: func(d *fakePorts) { d.class.Spec.Sources = []string{v1.SourceTCP} },
+			code:   http.StatusForbidden, want: `spec.process: class "standard" allows the sources: tcp`,
+		},
+		"a class that allows other agents": {
+			change: func(d *fakePorts) { d.class.Spec.Agents = []string{"edge"} },
+			code:   http.StatusForbidden, want: `spec.agentName: class "standard" allows the agents: edge`,
+		},
+		"a class that allows other users": {
+			change: func(d *fakePorts) { d.class.Spec.AgentUser = false },
+			code:   http.StatusForbidden, want: "spec.process.user: class \"standard\" doesn't allow that it is left out",
+		},
+		"a target that has become root's": {
+			change: func(d *fakePorts) { d.target.Spec.Process.User = "root" },
+			code:   http.StatusForbidden, want: "root has to be named",
+		},
+		"a target of another class": {
+			change: func(d *fakePorts) {
+				d.class.Name, d.target.Spec.ClassName, d.class.Spec.Agents = "narrow", "narrow", nil
+			},
+			code: http.StatusForbidden, want: `class "narrow" allows the agents: none`,
+		},
+		"a class that is gone": {
+			change: func(d *fakePorts) { d.class = nil },
+			code:   http.StatusForbidden, want: `class "standard" does not exist`,
+		},
+		"an endpoint that has become one of the cluster's services": {
+			change: reached,
+			code:   http.StatusForbidden, want: "spec.tcp.endpoints[0].host",
+		},
+		"services that aren't known": {
+			change: reached, services: errors.New("not yet"),
+			code: http.StatusServiceUnavailable, want: "isn't known yet: not yet",
+		},
+		"a target that is gone": {
+			change: func(d *fakePorts) { d.target = nil },
+			code:   http.StatusNotFound, want: `"web" not found`,
+		},
+		"a target that was made again": {
+			change: func(d *fakePorts) { d.target.UID = "2" },
+			code:   http.StatusNotFound, want: "another one made by its name",
+		},
+		"a port that the target lists and the class doesn't open, beside another": {
+			change: func(d *fakePorts) { d.class.Spec.Ports.Allowed = []v1.PortRange{{Port: 80}, {Port: 9000}} },
+		},
+		"a class that allows other agents, where sessions aren't judged by it": {
+			change: func(d *fakePorts) { d.class.Spec.Agents = []string{"edge"} }, unjudged: true,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newPorts()
+			f, backend := d.begin(t, "")
+			defer f.end(t.Context())
+			f.opts.Unjudged = tt.unjudged
+			f.opts.ServiceRanges = func() ([]netip.Prefix, error) {
+				return []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}, tt.services
+			}
+			end := streaming.Endpoint{Network: "tcp", Port: 80}
+			open, err := backend.Dial(t.Context(), end)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer open.Close()
+			l, err := backend.Listen(t.Context(), streaming.Endpoint{Network: "tcp", Port: 9000})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			first := d.listener
+			accepted := make(chan error, 1)
+			go func() {
+				stream, err := l.Accept()
+				if err == nil {
+					err = stream.Close()
+				}
+				accepted <- err
+			}()
+			d.set(func() { tt.change(d) })
+			another, errListen := backend.Listen(t.Context(), streaming.Endpoint{Network: "tcp", Port: 9000})
+			if errListen == nil {
+				defer another.Close()
+			}
+			comes := &fakeStream{Reader: strings.NewReader(""), linger: -1}
+			first.pending <- comes
+			if tt.code == http.StatusServiceUnavailable { // it may be known with the next one
+				waitFor(t, "the reset", comes.isReset)
+				l.Close()
+				if err := <-accepted; !errors.Is(err, net.ErrClosed) {
+					t.Errorf("the listener ended by %v", err)
+				}
+			} else if err := <-accepted; tt.code == 0 && err != nil || tt.code != 0 && !comes.isReset() {
+				t.Errorf("a connection in reverse: %v, and it is reset: %v", err, comes.isReset())
+			} else if tt.code != 0 {
+				wantStatus(t, err, tt.code, tt.want)
+			}
+			for what, err := range map[string]error{"dialling": dial(t, backend, end), "listening": errListen} {
+				if tt.code == 0 && err != nil {
+					t.Errorf("%s: %v", what, err)
+				} else if tt.code != 0 {
+					t.Run(what, func(t *testing.T) { wantStatus(t, err, tt.code, tt.want) })
+				}
+			}
+			if got, err := io.ReadAll(open); string(got) != "hello" || err != nil {
+				t.Errorf("the stream that is open has %q, %v", got, err)
+			}
+			select {
+			case event := <-f.opts.Recorder.(*record.FakeRecorder).Events:
+				if tt.code != http.StatusForbidden {
+					if tt.code == 0 {
+						t.Errorf("an Event: %s", event)
+					}
+				} else if !strings.Contains(event, v1.EventClassDenied) {
+					t.Errorf("the Event is %s", event)
+				}
+			default:
+				if tt.code == http.StatusForbidden {
+					t.Error("there is no Event of it")
+				}
+			}
+		})
+	}
 }
 
 // TestInstancesAreOpenedOnce for all streams to them, until what their driver

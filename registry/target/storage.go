@@ -67,6 +67,10 @@ type Options struct {
 	Drivers func(*v1.Target) (driver.Driver, error)
 	// Classes finds the classes of targets.
 	Classes policy.Classes
+	// Unjudged says that connections aren't judged by the source, the agent, the
+	// user and the endpoints of their target, as they aren't where the admission
+	// plugin TargetClassPolicy is off: then the streams of a session aren't, too.
+	Unjudged bool
 	// Limits bound sessions where a target's class doesn't say.
 	Limits policy.Limits
 	// Dial is what drivers of hosted sources reach their instances with. The
