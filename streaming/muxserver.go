@@ -144,6 +144,7 @@ func readAnswer(s *MuxStream) (metav1.Status, error) {
 func (f *forwarder) serveMux(ws *wsConn) error {
 	c := newMuxConn(ws, false, f.opts.MaxWindows)
 	defer c.close()
+	f.begin()
 	c.accept = func(s *MuxStream) bool { return f.acceptMux(c, s) }
 	reader := c.serve(c.gone)
 	<-c.ctx.Done()

@@ -63,6 +63,9 @@ type PortForwardBackend struct {
 	// Listen has the target's side listen, and the client take the connections:
 	// a reverse forward. nil refuses that.
 	Listen func(ctx context.Context, at Endpoint) (PortListener, error)
+	// Begun, unless it is nil, is called once the client has been answered and
+	// the session goes on: by ServePortForward itself, before the others.
+	Begun func()
 }
 
 // PortListener accepts the connections of a reverse forward.
@@ -155,8 +158,16 @@ type pair struct {
 	timer        *time.Timer
 }
 
+// begin says that the session stands.
+func (f *forwarder) begin() {
+	if f.backend.Begun != nil {
+		f.backend.Begun()
+	}
+}
+
 func (f *forwarder) serve(c *spdyConn) error {
 	defer c.close()
+	f.begin()
 	reader := c.serve(f.accept)
 	<-c.ctx.Done()
 	cause := context.Cause(c.ctx)
@@ -389,6 +400,7 @@ const maxLegacyPorts = 32
 // the lower one first.
 func (f *forwarder) serveLegacy(c *wsConn) error {
 	defer c.close()
+	f.begin()
 	inboxes := make([]*inbox, len(f.allowed))
 	for i, port := range f.allowed {
 		inboxes[i] = newInbox(streamLimits)

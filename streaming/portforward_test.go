@@ -668,6 +668,76 @@ func TestPortForwardLegacy(t *testing.T) {
 	}
 }
 
+// TestPortForwardSaysWhenItStands, by every protocol: once it is answered, before
+// anything is forwarded, and not if it is refused.
+func TestPortForwardSaysWhenItStands(t *testing.T) {
+	webSocket := func(protocols ...string) func(*testing.T, string) {
+		return func(t *testing.T, address string) { mustDialWebSocket(t, address, protocols...) }
+	}
+	spdy := func(protocol string) func(*testing.T, string) {
+		return func(t *testing.T, address string) {
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, address, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header = http.Header{"Connection": {"Upgrade"}, "Upgrade": {"SPDY/3.1"}, "X-Stream-Protocol-Version": {protocol}}
+			response, err := http.DefaultTransport.RoundTrip(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { response.Body.Close() })
+		}
+	}
+	for name, tc := range map[string]struct {
+		begin func(t *testing.T, address string)
+		want  bool
+	}{
+		"SPDY":                 {spdy("portforward.k8s.io"), true},
+		"SPDY in a WebSocket":  {webSocket("SPDY/3.1+portforward.k8s.io"), true},
+		"mux":                  {webSocket(MuxProtocol), true},
+		"the legacy protocol":  {webSocket("v4.channel.k8s.io"), true},
+		"SPDY of another kind": {spdy("portforward.example"), false},
+		"no upgrade at all": {func(t *testing.T, address string) {
+			response, err := http.Get(address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+		}, false},
+		"an unknown subprotocol": {func(t *testing.T, address string) { dialWebSocket(t, address, nil, "v9.channel.k8s.io") }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, end := context.WithCancel(t.Context())
+			begun := make(chan struct{}, 2)
+			s := newServer(t, func(w http.ResponseWriter, r *http.Request) error {
+				return ServePortForward(w, r.WithContext(ctx), PortForwardRequest{Ports: []uint16{80}}, Options{closeGrace: time.Millisecond}, PortForwardBackend{
+					Begun: func() { begun <- struct{}{} },
+					Dial: func(ctx context.Context, _ Endpoint) (PortStream, error) {
+						if len(begun) != 1 {
+							t.Error("it dials before it stands")
+						}
+						<-ctx.Done()
+						return nil, context.Cause(ctx)
+					},
+				})
+			})
+			tc.begin(t, s.URL)
+			if tc.want {
+				for deadline := time.Now().Add(testTimeout); len(begun) == 0; time.Sleep(time.Millisecond) {
+					if time.Now().After(deadline) {
+						t.Fatal("it never stood")
+					}
+				}
+			}
+			end()
+			s.result(t)
+			if want := map[bool]int{true: 1}[tc.want]; len(begun) != want {
+				t.Errorf("it stood %d times, want %d", len(begun), want)
+			}
+		})
+	}
+}
+
 func TestPortForwardRefusals(t *testing.T) {
 	many := make([]uint16, 100)
 	for i := range many {

@@ -182,7 +182,7 @@ func (c *connector) stream(responder rest.Responder, to *access, instance, subre
 		if user, ok := request.UserFrom(r.Context()); ok {
 			info.User = user.GetName()
 		}
-		begin := func(w http.ResponseWriter, r *http.Request, d *detached) {
+		detach(w, r, info.Protocol != session.ProtocolHTTP, func(w http.ResponseWriter, r *http.Request, d *detached) {
 			ctx, s, err := c.opts.Sessions.Start(r.Context(), info, limits)
 			if err != nil {
 				responder.Error(err)
@@ -200,12 +200,7 @@ func (c *connector) stream(responder rest.Responder, to *access, instance, subre
 				s.End(ended)
 			}()
 			ended = serve(w, r.WithContext(ctx), s, d.stands)
-		}
-		if subresource == "portforward" {
-			begin(w, r, &detached{}) // whose Serve function doesn't say when it stands
-			return
-		}
-		detach(w, r, info.Protocol != session.ProtocolHTTP, begin)
+		})
 	})
 }
 

@@ -90,7 +90,7 @@ func (f *filters) serve(next http.Handler, w http.ResponseWriter, r *http.Reques
 
 // detached is a session's goroutine.
 type detached struct {
-	filters *filters    // nil if the session stays within them
+	filters *filters    // nil if there are none to leave
 	unbind  func() bool // of a connection that is to be upgraded
 	returns chan struct{}
 	// What follows is set before returns is closed, for the handler.

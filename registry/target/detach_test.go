@@ -49,11 +49,9 @@ func (l *auditLog) EvaluatePolicyRule(authorizer.Attributes) audit.RequestAuditC
 	return audit.RequestAuditConfig{Level: auditinternal.LevelMetadata}
 }
 
-// detachServer has the generic server's audit log between DetachedSessions and
-// serve. filters tells when they have returned.
+// detachServer has detach serve sessions within the filters of detachServerOf.
 func detachServer(t *testing.T, log *auditLog, upgrade bool, serve func(w http.ResponseWriter, r *http.Request, d *detached) error) (server *httptest.Server, filters chan struct{}) {
-	filters = make(chan struct{}, 200) // more than requests
-	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return detachServerOf(t, log, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		detach(w, r, upgrade, func(w http.ResponseWriter, r *http.Request, d *detached) {
 			audit.AddAuditAnnotations(r.Context(), sessionAnnotation, "1")
 			var ended error = errPanicked
@@ -61,6 +59,12 @@ func detachServer(t *testing.T, log *auditLog, upgrade bool, serve func(w http.R
 			ended = serve(w, r, d)
 		})
 	}))
+}
+
+// detachServerOf has the generic server's audit log between DetachedSessions and
+// a handler. filters tells when they have returned.
+func detachServerOf(t *testing.T, log *auditLog, handler http.Handler) (server *httptest.Server, filters chan struct{}) {
+	filters = make(chan struct{}, 200) // more than requests
 	handler = genericfilters.WithAudit(handler, HoldAudit(log), log, func(*http.Request, *request.RequestInfo) bool { return true })
 	handler = genericfilters.WithRequestInfo(handler, &request.RequestInfoFactory{})
 	handler = genericfilters.WithAuditInit(handler)

@@ -74,7 +74,7 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 		}
 		narrowed.Ports = append(narrowed.Ports, uint16(port))
 	}
-	return r.stream(responder, to, instance, "portforward", func(w http.ResponseWriter, req *http.Request, s *session.Session, _ func()) error {
+	return r.stream(responder, to, instance, "portforward", func(w http.ResponseWriter, req *http.Request, s *session.Session, stands func()) error {
 		if notTCP != nil && !slices.Contains(websocket.Subprotocols(req), streaming.MuxProtocol) {
 			r.tell(to.target, notTCP)
 			responder.Error(statusError(notTCP))
@@ -100,7 +100,9 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 			responder.Error(statusError(err))
 			return err
 		}
-		return streaming.ServePortForward(w, req, narrowed, r.opts.Streaming, f.backend(req.Context()))
+		backend := f.backend(req.Context())
+		backend.Begun = stands
+		return streaming.ServePortForward(w, req, narrowed, r.opts.Streaming, backend)
 	}), nil
 }
 

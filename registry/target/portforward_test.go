@@ -1,6 +1,7 @@
 package target
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -798,6 +799,93 @@ func TestReverseForward(t *testing.T) {
 	open.Close()
 	if got, want := d.took(), []string{"close web-0"}; !slices.Equal(got, want) {
 		t.Errorf("after the last connection: %v, want %v", got, want)
+	}
+}
+
+// TestPortForwardsOutliveTheFilters by every protocol, and are accounted for as
+// sessions are that don't.
+func TestPortForwardsOutliveTheFilters(t *testing.T) {
+	upgrade := func(headers string) string {
+		return "Host: test\r\nConnection: Upgrade\r\n" + headers + "\r\n"
+	}
+	webSocket := func(protocol string) string {
+		return "GET /?ports=80 HTTP/1.1\r\n" + upgrade("Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: "+protocol+"\r\n")
+	}
+	for name, opening := range map[string]string{
+		"SPDY":                "POST / HTTP/1.1\r\n" + upgrade("Upgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: portforward.k8s.io\r\nContent-Length: 0\r\n"),
+		"SPDY in a WebSocket": webSocket("SPDY/3.1+portforward.k8s.io"),
+		"mux":                 webSocket(streaming.MuxProtocol),
+		"the legacy protocol": webSocket("v4.channel.k8s.io"),
+	} {
+		for how, tt := range map[string]struct {
+			end  func(client net.Conn, sessions *session.Manager)
+			want string
+		}{
+			"until its client goes": {func(client net.Conn, _ *session.Manager) { client.Close() }, "ResponseComplete: done"},
+			"until it is drained": {func(client net.Conn, sessions *session.Manager) {
+				// Drain waits for the client's goodbye.
+				ctx, cancel := context.WithCancel(t.Context())
+				cancel()
+				sessions.Drain(ctx)
+				client.Close()
+			}, "ResponseComplete: " + session.ErrDraining.Error()},
+		} {
+			t.Run(name+", "+how, func(t *testing.T) {
+				d := newPorts()
+				sessions := session.NewManager(session.Options{})
+				r := &PortForwardREST{&connector{targets: d, opts: Options{
+					Recorder: record.NewFakeRecorder(10), Classes: d, Sessions: sessions,
+					Drivers: func(*v1.Target) (driver.Driver, error) { return d, nil },
+				}}}
+				log := &auditLog{}
+				server, filters := detachServerOf(t, log, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+					ctx := request.WithNamespace(req.Context(), "shop")
+					var opts v1.TargetPortForwardOptions
+					if req.URL.Query().Get("ports") != "" {
+						opts.Ports = []int32{80}
+					}
+					handler, err := r.Connect(ctx, "web", &opts, nil)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					handler.ServeHTTP(w, req.WithContext(ctx))
+				}))
+				client, err := new(net.Dialer).DialContext(t.Context(), "tcp", server.Listener.Addr().String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer client.Close()
+				if _, err := io.WriteString(client, opening); err != nil {
+					t.Fatal(err)
+				}
+				response, err := http.ReadResponse(bufio.NewReader(client), nil)
+				if err != nil || response.StatusCode != http.StatusSwitchingProtocols {
+					t.Fatalf("%v, %v", response, err)
+				}
+				select {
+				case <-filters:
+				case <-time.After(30 * time.Second):
+					t.Fatal("the filters keep the session")
+				}
+				if diff := cmp.Diff([]string{"RequestReceived", "ResponseStarted"}, log.seen()); diff != "" {
+					t.Errorf("while it lasts, audit has (-want +got):\n%s", diff)
+				}
+				tt.end(client, sessions)
+				waitFor(t, "the last event", func() bool { return len(log.seen()) > 2 })
+				if diff := cmp.Diff([]string{"RequestReceived", "ResponseStarted", tt.want}, log.seen()); diff != "" {
+					t.Errorf("in the end, audit has (-want +got):\n%s", diff)
+				}
+				client.Close()
+				// Who drains waits for sessions that have left the filters.
+				if err := sessions.Drain(t.Context()); err != nil {
+					t.Error(err)
+				}
+				if got := d.took(); !slices.Contains(got, "close web-0") {
+					t.Errorf("the instance is open still: %v", got)
+				}
+			})
+		}
 	}
 }
 
