@@ -784,6 +784,15 @@ func (s *MuxStream) Write(p []byte) (int, error) {
 	return max(n-2, 0), err
 }
 
+// writing says whether a Write is under way.
+func (s *MuxStream) writing() bool {
+	if !s.turn.TryLock() {
+		return true
+	}
+	s.turn.Unlock()
+	return false
+}
+
 func (s *MuxStream) write(prefix, p []byte) (int, error) {
 	s.turn.Lock()
 	defer s.turn.Unlock()

@@ -136,6 +136,75 @@ func TestMuxIdleDatagramsEnd(t *testing.T) {
 	}
 }
 
+// TestMuxIdleDatagramsEndWithAFullWindow: a client that takes nothing has no
+// connection for longer than one that is told nothing.
+func TestMuxIdleDatagramsEndWithAFullWindow(t *testing.T) {
+	for name, leave := range map[string]func(*MuxStream){
+		"of a client that says nothing more": func(*MuxStream) {},
+		"of a client that ends its half":     func(s *MuxStream) { s.CloseWrite() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			closed := make(chan struct{}, 2)
+			flooding := &floodingStream{closed: make(chan struct{}), told: closed}
+			backend := PortForwardBackend{Dial: func(context.Context, Endpoint) (PortStream, error) { return flooding, nil }}
+			s := serveMuxWith(t, PortForwardRequest{}, Options{IdleDatagrams: 100 * time.Millisecond, MaxForwards: 1}, backend)
+			c := dialMux(t, s.URL, MuxOptions{})
+			defer c.Close()
+			stream, err := c.Dial(testContext(t), Endpoint{Network: "udp", Port: 1})
+			if err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "a full window", func() bool {
+				stream.mu.Lock()
+				defer stream.mu.Unlock()
+				return stream.left == 0
+			})
+			leave(stream)
+			wait(t, closed, "the backend to be closed")
+			eventually(t, "room for another connection", func() bool {
+				other, err := c.Dial(testContext(t), Endpoint{Network: "udp", Port: 1})
+				if err == nil {
+					other.Close()
+				}
+				return err == nil
+			})
+			for buf := make([]byte, maxDatagram); err == nil; {
+				_, err = stream.Read(buf)
+			}
+			if !errors.Is(err, ErrStreamReset) {
+				t.Errorf("the client that took nothing got %v in the end, want %v", err, ErrStreamReset)
+			}
+		})
+	}
+}
+
+// floodingStream has datagrams without end.
+type floodingStream struct {
+	once   sync.Once
+	closed chan struct{}
+	told   chan<- struct{}
+}
+
+func (f *floodingStream) Read(p []byte) (int, error) {
+	select {
+	case <-f.closed:
+		return 0, net.ErrClosed
+	default:
+		return 10_000, nil
+	}
+}
+
+func (f *floodingStream) Write(p []byte) (int, error) { return len(p), nil }
+func (f *floodingStream) CloseWrite() error           { return nil }
+
+func (f *floodingStream) Close() error {
+	f.once.Do(func() {
+		close(f.closed)
+		f.told <- struct{}{}
+	})
+	return nil
+}
+
 func TestMuxDatagramsThatNobodyTakes(t *testing.T) {
 	c, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {

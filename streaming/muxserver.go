@@ -364,7 +364,14 @@ func (f *forwarder) joinMux(ctx context.Context, s *MuxStream, backend PortStrea
 	var r io.Reader = backend
 	var w io.Writer = backend
 	if s.datagrams {
-		idle := time.AfterFunc(f.opts.IdleDatagrams, func() { closeBackend(orderly) })
+		idle := time.AfterFunc(f.opts.IdleDatagrams, func() {
+			closeBackend(orderly)
+			// One that the client doesn't take would wait for ever: what it is in
+			// the middle of can't end in order.
+			if s.writing() {
+				s.Reset()
+			}
+		})
 		defer idle.Stop()
 		r = touching{r: backend, idle: idle, limit: f.opts.IdleDatagrams}
 		w = touching{w: backend, idle: idle, limit: f.opts.IdleDatagrams}
