@@ -4,7 +4,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -12,19 +11,13 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
-	"syscall"
-	"time"
 
 	"github.com/moby/spdystream/spdy"
 	"k8s.io/apimachinery/pkg/util/portforward"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
+	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/streaming"
 )
 
@@ -32,12 +25,8 @@ import (
 // by what it occupies more with them than without. The client is this process,
 // which keeps no more of a session than its connection.
 
-const (
-	idleTarget = "idle" // the target's name
-	// settleTime is how long a server is left alone before it is looked at:
-	// goroutines end, and what they had is given back.
-	settleTime = 2 * time.Second
-)
+// idleTarget is the target's name.
+const idleTarget = "idle"
 
 // idleKind is one way to have a session.
 type idleKind struct {
@@ -141,145 +130,11 @@ func idleForwardSPDY(conn net.Conn, host, path string) error {
 	return err
 }
 
-// occupied is what a process has, in bytes, after a garbage collection.
-type occupied struct {
-	heap, stacks, rss float64
-	goroutines        float64
-}
-
-// standalone is a standalone server with a target that does nothing.
-type standalone struct {
-	*process
-	config *rest.Config
-	tls    *tls.Config
-	http   *http.Client
-}
-
-func startStandalone(ctx context.Context, program, dir string, args ...string) (_ *standalone, err error) {
-	port, err := freePort()
-	if err != nil {
-		return nil, err
-	}
-	data := filepath.Join(dir, "standalone")
-	s := &standalone{}
-	s.process, err = startProcess("aaserver standalone", filepath.Join(dir, "standalone.log"), syscall.SIGKILL, program,
-		append([]string{"standalone", "--data-dir=" + data, "--secure-port=" + strconv.Itoa(port), "--profiling", "--max-sessions=100000"}, args...)...)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			s.process.stop()
-		}
-	}()
-	err = s.wait(ctx, func(ctx context.Context) error {
-		if s.config == nil {
-			config, err := clientcmd.BuildConfigFromFlags("", filepath.Join(data, "kubeconfig"))
-			if err != nil {
-				return err
-			}
-			if s.tls, err = rest.TLSConfigFor(config); err != nil {
-				return err
-			}
-			if s.http, err = rest.HTTPClientFor(config); err != nil {
-				return err
-			}
-			s.config = config
-		}
-		_, err := s.request(ctx, http.MethodGet, "/readyz", "")
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	target := fmt.Sprintf(`{"apiVersion":"streaming.aaserver.io/v1","kind":"Target","metadata":{"name":%q},"spec":{"process":{"command":["sleep","100000"],"stdin":true}}}`, idleTarget)
-	// The default class is made just after the server is ready.
-	err = s.wait(ctx, func(ctx context.Context) error {
-		_, err := s.request(ctx, http.MethodPost, "/apis/streaming.aaserver.io/v1/namespaces/default/targets", target)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	return s, s.wait(ctx, func(ctx context.Context) error {
-		text, err := s.request(ctx, http.MethodGet, idlePath, "")
-		if err == nil && !bytes.Contains(text, []byte(`"readyReplicas":1`)) {
-			err = errors.New("the target isn't ready")
-		}
-		return err
-	})
-}
-
-const idlePath = "/apis/streaming.aaserver.io/v1/namespaces/default/targets/" + idleTarget
-
-func (s *standalone) request(ctx context.Context, method, path, body string) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, method, s.config.Host+path, strings.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	if body != "" {
-		req.Header.Set("Content-Type", "application/json")
-	}
-	resp, err := s.http.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode/100 != 2 {
-		err = fmt.Errorf("%s %s: %s: %.1000s", method, path, resp.Status, text)
-	}
-	return text, err
-}
-
-var memStat = regexp.MustCompile(`(?m)^# (HeapAlloc|Stack) = (\d+)`)
-
-// occupied looks at the server after it was left alone for a while.
-func (s *standalone) occupied(ctx context.Context) (o occupied, err error) {
-	for range 2 { // what pools keep survives one collection
-		select {
-		case <-time.After(settleTime / 2):
-		case <-ctx.Done():
-			return o, context.Cause(ctx)
-		}
-		text, err := s.request(ctx, http.MethodGet, "/debug/pprof/heap?gc=1&debug=1", "")
-		if err != nil {
-			return o, err
-		}
-		for _, m := range memStat.FindAllSubmatch(text, -1) {
-			n, err := strconv.ParseFloat(string(m[2]), 64)
-			if err != nil {
-				return o, err
-			}
-			if string(m[1]) == "Stack" {
-				o.stacks = n
-			} else {
-				o.heap = n
-			}
-		}
-	}
-	goroutines, err := s.request(ctx, http.MethodGet, "/debug/pprof/goroutine?debug=1", "")
-	if err != nil {
-		return o, err
-	}
-	// "goroutine profile: total 123"
-	if _, err := fmt.Sscanf(string(goroutines), "goroutine profile: total %f", &o.goroutines); err != nil {
-		return o, err
-	}
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
-	if err != nil {
-		return o, err
-	}
-	kib, err := metric(status, "VmRSS:")
-	o.rss = kib * 1024
-	return o, err
-}
-
 // measureIdle measures what a session costs in which nothing happens.
 func measureIdle(ctx context.Context, o options, dir string, out io.Writer) error {
 	rows := [][]string{{"idle sessions", "number", "heap, kB", "stacks, kB", "both, kB", "RSS, kB", "goroutines"}}
 	for _, kind := range idleKinds() {
-		row, err := kind.measure(ctx, o, filepath.Join(dir, "idle-"+strconv.Itoa(len(rows))))
+		row, err := kind.measure(ctx, o, dir)
 		if err != nil {
 			return fmt.Errorf("%s: %w", kind.name, err)
 		}
@@ -292,17 +147,16 @@ func measureIdle(ctx context.Context, o options, dir string, out io.Writer) erro
 
 // measure starts a server for each kind: what one leaves behind isn't the
 // next's.
-func (k idleKind) measure(ctx context.Context, o options, dir string) ([]string, error) {
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return nil, err
-	}
-	s, err := startStandalone(ctx, filepath.Join(o.bin, "aaserver"), dir)
+func (k idleKind) measure(ctx context.Context, o options, dir string) (row []string, err error) {
+	s, err := startStandalone(ctx, o.bin, dir)
 	if err != nil {
 		return nil, err
 	}
-	defer s.stop()
-	defer s.http.CloseIdleConnections()
-	host := strings.TrimPrefix(s.config.Host, "https://")
+	defer func() { err = errors.Join(err, s.stop()) }()
+	if err := s.run(ctx, idleTarget, &v1.ProcessSource{Command: []string{"sleep", "100000"}, Stdin: true}); err != nil {
+		return nil, err
+	}
+	host := strings.TrimPrefix(s.base, "https://")
 	conns := make([]net.Conn, k.sessions)
 	defer func() {
 		for _, conn := range conns {
@@ -319,7 +173,7 @@ func (k idleKind) measure(ctx context.Context, o options, dir string) ([]string,
 			return err
 		}
 		conns[i] = conn
-		return k.open(conn, host, idlePath+k.path)
+		return k.open(conn, host, defaultTargetPath(idleTarget)+k.path)
 	}
 	// What is made once, for the first of them, isn't a session's.
 	const first = 10
@@ -328,27 +182,20 @@ func (k idleKind) measure(ctx context.Context, o options, dir string) ([]string,
 			return nil, err
 		}
 	}
-	before, err := s.occupied(ctx)
+	before, err := s.settled(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if err := inParallel(ctx, k.sessions-first, func(ctx context.Context, i int) error { return open(ctx, first+i) }); err != nil {
 		return nil, err
 	}
-	after, err := s.occupied(ctx)
+	after, err := s.settled(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if o.profiles != "" {
-		for _, name := range []string{"heap", "goroutine"} {
-			profile, err := s.request(ctx, http.MethodGet, "/debug/pprof/"+name, "")
-			if err != nil {
-				return nil, err
-			}
-			file := strings.NewReplacer(", ", "-", " ", "-").Replace("idle " + k.name + " " + name)
-			if err := os.WriteFile(filepath.Join(o.profiles, file+".pb.gz"), profile, 0o644); err != nil {
-				return nil, err
-			}
+	for _, name := range []string{"heap", "goroutine"} {
+		if err := s.profile(ctx, o.profiles, "idle "+k.name+" "+name, "/debug/pprof/"+name); err != nil {
+			return nil, err
 		}
 	}
 	each := func(of func(occupied) float64) float64 { return (of(after) - of(before)) / float64(k.sessions-first) }

@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -27,9 +26,6 @@ import (
 
 	"github.com/gorilla/websocket"
 	"golang.org/x/sync/errgroup"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 )
@@ -46,6 +42,7 @@ const (
 // logsOptions is how much is measured.
 type logsOptions struct {
 	bin, dir string
+	self     string // this program
 	// idle is how many logs are followed that nothing is written to.
 	idle int
 	// followers follow one instance that writes so many lines a second.
@@ -67,21 +64,16 @@ func (o *logsOptions) addFlags() {
 	flag.Int64Var(&o.replay, "log-size", 1<<30, "the size in bytes of the log that is read; 0 leaves that out")
 }
 
-// logsServer is a standalone server, which is measured as a process.
-type logsServer struct {
-	*process
-	dir  string
-	base string
-	tls  *tls.Config
-	self string
-}
-
 // measureLogs measures logs with a server of its own: what those cost that are
 // followed while nothing happens, what a line costs that many follow, and how
 // fast a large log is read.
 func measureLogs(ctx context.Context, options options, dir string, out io.Writer) error {
 	o := options.logs
 	o.bin, o.rounds, o.profiles, o.dir = options.bin, options.rounds, options.profiles, dir
+	var err error
+	if o.self, err = os.Executable(); err != nil {
+		return err
+	}
 	if o.profiles != "" {
 		if err := os.MkdirAll(o.profiles, 0o755); err != nil {
 			return err
@@ -95,7 +87,7 @@ func measureLogs(ctx context.Context, options options, dir string, out io.Writer
 			if err != nil {
 				return fmt.Errorf("idle logs over %s: %w", transport, err)
 			}
-			fmt.Fprintf(out, "| %s | %.1f | %.1f | %.1f |\n", transport, each.heap/1000, each.stacks/1000, each.resident/1000)
+			fmt.Fprintf(out, "| %s | %.1f | %.1f | %.1f |\n", transport, each.heap/1000, each.stacks/1000, each.rss/1000)
 		}
 		fmt.Fprintln(out)
 	}
@@ -120,156 +112,22 @@ func measureLogs(ctx context.Context, options options, dir string, out io.Writer
 }
 
 // start starts a standalone server with files of logs that are large enough.
-func (o logsOptions) start(ctx context.Context) (s *logsServer, err error) {
-	dir, err := os.MkdirTemp(o.dir, "logs-")
-	if err != nil {
-		return nil, err
-	}
-	s = &logsServer{dir: dir}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.stop())
-		}
-	}()
-	if s.self, err = os.Executable(); err != nil {
-		return s, err
-	}
-	port, err := freePort()
-	if err != nil {
-		return s, err
-	}
-	s.base = "https://127.0.0.1:" + strconv.Itoa(port)
-	data := filepath.Join(dir, "data")
-	if s.process, err = startProcess("aaserver", filepath.Join(dir, "aaserver.log"), syscall.SIGTERM,
-		filepath.Join(o.bin, "aaserver"), "standalone", "--data-dir="+data, "--secure-port="+strconv.Itoa(port),
-		"--profiling", "--log-file-size=64Mi", "--log-files=40", "-v=0"); err != nil {
-		return s, err
-	}
-	err = s.wait(ctx, func(ctx context.Context) error {
-		config, err := clientcmd.BuildConfigFromFlags("", filepath.Join(data, "kubeconfig"))
-		if err != nil {
-			return err
-		}
-		if s.tls, err = rest.TLSConfigFor(config); err != nil {
-			return err
-		}
-		client := s.client(false)
-		defer client.CloseIdleConnections()
-		body, err := s.get(ctx, client, "/apis/"+v1.SchemeGroupVersion.String()+"/targetclasses")
-		if err != nil {
-			return err
-		}
-		var classes v1.TargetClassList
-		if err := json.Unmarshal(body, &classes); err != nil {
-			return err
-		}
-		if len(classes.Items) == 0 {
-			return errors.New("it has no class of targets yet")
-		}
-		return nil
-	})
-	return s, err
-}
-
-func (s *logsServer) stop() error {
-	if s.process != nil {
-		s.process.stop()
-	}
-	return os.RemoveAll(s.dir)
-}
-
-// client returns a client with connections of its own.
-func (s *logsServer) client(http2 bool) *http.Client {
-	t := &http.Transport{TLSClientConfig: s.tls.Clone(), ForceAttemptHTTP2: http2, DisableCompression: true, ReadBufferSize: 64 << 10}
-	if !http2 {
-		t.TLSClientConfig.NextProtos = []string{"http/1.1"}
-		t.TLSNextProto = map[string]func(string, *tls.Conn) http.RoundTripper{}
-		t.ReadBufferSize = 4 << 10
-	}
-	return &http.Client{Transport: t}
-}
-
-func (s *logsServer) open(ctx context.Context, client *http.Client, path string) (*http.Response, error) {
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, s.base+path, nil)
-	if err != nil {
-		return nil, err
-	}
-	response, err := client.Do(r)
-	if err != nil {
-		return nil, err
-	}
-	if response.StatusCode != http.StatusOK {
-		defer response.Body.Close()
-		text, _ := io.ReadAll(io.LimitReader(response.Body, 1<<10))
-		return nil, fmt.Errorf("GET %s: %s: %s", path, response.Status, text)
-	}
-	return response, nil
-}
-
-func (s *logsServer) get(ctx context.Context, client *http.Client, path string) ([]byte, error) {
-	response, err := s.open(ctx, client, path)
-	if err != nil {
-		return nil, err
-	}
-	defer response.Body.Close()
-	return io.ReadAll(response.Body)
+func (o logsOptions) start(ctx context.Context) (*tlsServer, error) {
+	return startStandalone(ctx, o.bin, o.dir, "--log-file-size=64Mi", "--log-files=40", "-v=0")
 }
 
 func logPath(target, query string) string {
-	return logTargetPath(target) + "/log?" + query
-}
-
-func logTargetPath(target string) string {
-	return "/apis/" + v1.SchemeGroupVersion.String() + "/namespaces/default/targets/" + target
-}
-
-// run makes a target of one instance, and waits until it runs.
-func (s *logsServer) run(ctx context.Context, name string, command ...string) error {
-	target := &v1.Target{
-		TypeMeta:   metav1.TypeMeta{APIVersion: v1.SchemeGroupVersion.String(), Kind: "Target"},
-		ObjectMeta: metav1.ObjectMeta{Name: name},
-	}
-	target.Spec.Process = &v1.ProcessSource{Command: command}
-	target.Spec.RestartPolicy = v1.RestartNever
-	body, err := json.Marshal(target)
-	if err != nil {
-		return err
-	}
-	client := s.client(false)
-	defer client.CloseIdleConnections()
-	response, err := client.Post(s.base+strings.TrimSuffix(logTargetPath(name), "/"+name), "application/json", bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	defer response.Body.Close()
-	if response.StatusCode != http.StatusCreated {
-		text, _ := io.ReadAll(io.LimitReader(response.Body, 1<<10))
-		return fmt.Errorf("creating %s: %s: %s", name, response.Status, text)
-	}
-	return s.wait(ctx, func(ctx context.Context) error {
-		var got v1.Target
-		body, err := s.get(ctx, client, logTargetPath(name))
-		if err != nil {
-			return err
-		}
-		if err := json.Unmarshal(body, &got); err != nil {
-			return err
-		}
-		if len(got.Status.Instances) == 0 || got.Status.Instances[0].State.Waiting != nil {
-			return fmt.Errorf("target %s doesn't run yet", name)
-		}
-		return nil
-	})
+	return defaultTargetPath(target) + "/log?" + query
 }
 
 // idleLogs returns what a followed log occupies on the server.
-func (o logsOptions) idleLogs(ctx context.Context, transport string) (each logMemory, err error) {
+func (o logsOptions) idleLogs(ctx context.Context, transport string) (each occupied, err error) {
 	s, err := o.start(ctx)
 	if err != nil {
 		return each, err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	if err := s.run(ctx, "quiet", "/bin/sh", "-c", "echo one; exec sleep 100000"); err != nil {
+	if err := s.run(ctx, "quiet", &v1.ProcessSource{Command: []string{"/bin/sh", "-c", "echo one; exec sleep 100000"}}); err != nil {
 		return each, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -305,29 +163,15 @@ func (o logsOptions) idleLogs(ctx context.Context, transport string) (each logMe
 		}
 	}
 	n := float64(o.idle)
-	return logMemory{
-		heap:     (after.heap - before.heap) / n,
-		stacks:   (after.stacks - before.stacks) / n,
-		resident: (after.resident - before.resident) / n,
+	return occupied{
+		heap:   (after.heap - before.heap) / n,
+		stacks: (after.stacks - before.stacks) / n,
+		rss:    (after.rss - before.rss) / n,
 	}, nil
 }
 
-// profile stores a profile of the server in a directory, unless that is "".
-func (s *logsServer) profile(ctx context.Context, dir, name, path string) error {
-	if dir == "" {
-		return nil
-	}
-	client := s.client(false)
-	defer client.CloseIdleConnections()
-	content, err := s.get(ctx, client, path)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, strings.NewReplacer(" ", "-", "/", "-", ",", "").Replace(name)+".pb.gz"), content, 0o644)
-}
-
 // follow opens so many followed logs, and returns what closes them.
-func (s *logsServer) follow(ctx context.Context, transport string, n int) (leave func(), err error) {
+func (s *tlsServer) follow(ctx context.Context, transport string, n int) (leave func(), err error) {
 	path := logPath("quiet", "follow=true&tailLines=0")
 	var mu sync.Mutex
 	var open []io.Closer
@@ -381,59 +225,6 @@ func (s *logsServer) follow(ctx context.Context, transport string, n int) (leave
 	return leave, err
 }
 
-// logMemory is memory of a server, in bytes: Go's heap in use, the stacks of its
-// goroutines, and what the process has in the machine's memory.
-type logMemory struct{ heap, stacks, resident float64 }
-
-// settled waits until the heap stays as it is.
-func (s *logsServer) settled(ctx context.Context) (logMemory, error) {
-	client := s.client(false)
-	defer client.CloseIdleConnections()
-	var now logMemory
-	stable := 0
-	err := s.wait(ctx, func(ctx context.Context) error {
-		// It collects garbage first; the second time shrinks stacks that the
-		// first has found to be too large.
-		for range 2 {
-			if _, err := s.get(ctx, client, "/debug/pprof/heap?gc=1"); err != nil {
-				return err
-			}
-		}
-		metrics, err := s.get(ctx, client, "/metrics")
-		if err != nil {
-			return err
-		}
-		heap, err := metric(metrics, "go_memstats_heap_alloc_bytes")
-		if err != nil {
-			return err
-		}
-		stacks, err := metric(metrics, "go_memstats_stack_inuse_bytes")
-		if err != nil {
-			return err
-		}
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
-		if err != nil {
-			return err
-		}
-		resident, err := metric(status, "VmRSS:")
-		if err != nil {
-			return err
-		}
-		before := now
-		now = logMemory{heap, stacks, resident * 1024}
-		managed, last := now.heap+now.stacks, before.heap+before.stacks
-		if managed < last*0.995 || managed > last*1.005 {
-			stable = 0
-			return errors.New("its heap doesn't settle")
-		}
-		if stable++; stable < 5 {
-			return errors.New("its heap doesn't settle")
-		}
-		return nil
-	})
-	return now, err
-}
-
 // fanOut has many follow an instance.
 func (o logsOptions) fanOut(ctx context.Context, out io.Writer, transport string, followers int) (err error) {
 	s, err := o.start(ctx)
@@ -441,7 +232,7 @@ func (o logsOptions) fanOut(ctx context.Context, out io.Writer, transport string
 		return err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	if err := s.run(ctx, "busy", s.self, produceRole, strconv.Itoa(o.rate), "100"); err != nil {
+	if err := s.run(ctx, "busy", &v1.ProcessSource{Command: []string{o.self, produceRole, strconv.Itoa(o.rate), "100"}}); err != nil {
 		return err
 	}
 	const streams = 100
@@ -544,7 +335,7 @@ func (o logsOptions) fanOut(ctx context.Context, out io.Writer, transport string
 }
 
 // measured waits for the time that is measured, or takes a profile meanwhile.
-func (o logsOptions) measured(ctx context.Context, s *logsServer, name string) error {
+func (o logsOptions) measured(ctx context.Context, s *tlsServer, name string) error {
 	if o.profiles != "" {
 		return s.profile(ctx, o.profiles, name, "/debug/pprof/profile?seconds="+strconv.Itoa(o.seconds))
 	}
@@ -572,10 +363,10 @@ func (o logsOptions) replayLog(ctx context.Context, out io.Writer) (err error) {
 	const line = 100
 	// Each line has a time before it in the file.
 	count := o.replay / int64(line+len("2006-01-02T15:04:05.000000000Z stdout F "))
-	if err := s.run(ctx, "large", s.self, produceRole, "0", strconv.Itoa(line), strconv.FormatInt(count, 10)); err != nil {
+	if err := s.run(ctx, "large", &v1.ProcessSource{Command: []string{o.self, produceRole, "0", strconv.Itoa(line), strconv.FormatInt(count, 10)}}); err != nil {
 		return err
 	}
-	logs := filepath.Join(s.dir, "data", "logs")
+	logs := filepath.Join(s.data(), "logs")
 	if err := s.wait(ctx, func(ctx context.Context) error {
 		text, err := s.get(ctx, s.client(false), logPath("large", "tailLines=1"))
 		if err == nil && !strings.HasPrefix(string(text), endOfLines) {
@@ -609,12 +400,12 @@ func (o logsOptions) replayLog(ctx context.Context, out io.Writer) (err error) {
 		return err
 	}
 	bare, err := startProcess("the bare server", filepath.Join(s.dir, "bare.log"), syscall.SIGKILL,
-		s.self, serveFilesRole, "127.0.0.1:"+strconv.Itoa(port), certFile, keyFile, logs)
+		o.self, serveFilesRole, "127.0.0.1:"+strconv.Itoa(port), certFile, keyFile, logs)
 	if err != nil {
 		return err
 	}
 	defer bare.stop()
-	peer := &logsServer{process: bare, base: "https://127.0.0.1:" + strconv.Itoa(port), tls: &tls.Config{InsecureSkipVerify: true}}
+	peer := &tlsServer{process: bare, base: "https://127.0.0.1:" + strconv.Itoa(port), tls: &tls.Config{InsecureSkipVerify: true}}
 	if err := bare.wait(ctx, func(ctx context.Context) error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
@@ -639,7 +430,7 @@ func (o logsOptions) replayLog(ctx context.Context, out io.Writer) (err error) {
 		}
 		for _, row := range []struct {
 			what   string
-			server *logsServer
+			server *tlsServer
 			path   string
 		}{
 			{"the last 10 lines", s, logPath("large", "tailLines=10"+instance)},
@@ -681,27 +472,6 @@ func (o logsOptions) replayLog(ctx context.Context, out io.Writer) (err error) {
 	}
 	fmt.Fprintln(out)
 	return nil
-}
-
-// read reads an answer to its end and returns how long it was.
-func (s *logsServer) read(ctx context.Context, client *http.Client, path string) (int64, error) {
-	response, err := s.open(ctx, client, path)
-	if err != nil {
-		return 0, err
-	}
-	defer response.Body.Close()
-	var n int64
-	buf := make([]byte, 256<<10)
-	for {
-		m, err := response.Body.Read(buf)
-		n += int64(m)
-		if err == io.EOF {
-			return n, nil
-		}
-		if err != nil {
-			return n, err
-		}
-	}
 }
 
 // logFiles returns the files of the only log below a directory, in order.
