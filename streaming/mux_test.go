@@ -229,6 +229,58 @@ func TestMuxRefusesToDial(t *testing.T) {
 	}
 }
 
+func TestMuxChecksWithoutDialling(t *testing.T) {
+	s := serveMuxWith(t, PortForwardRequest{}, Options{}, PortForwardBackend{
+		Dial: func(_ context.Context, to Endpoint) (PortStream, error) {
+			t.Errorf("%+v was dialled", to)
+			return nil, errors.New("it is only to be checked")
+		},
+		Check: func(_ context.Context, to Endpoint) error {
+			switch to {
+			case Endpoint{Network: "udp", Port: 53, Instance: "web-1"}:
+				return apierrors.NewForbidden(schema.GroupResource{Resource: "targets"}, "web", errors.New("no datagrams"))
+			case Endpoint{Network: "tcp", Port: 1}:
+				// As from a server that doesn't know the question.
+				return apierrors.NewBadRequest(`the header can't be read: json: unknown field "check"`)
+			case Endpoint{Network: "tcp", Port: 2}:
+				return apierrors.NewBadRequest("a target of source ssh has no such thing")
+			}
+			return nil
+		},
+	})
+	c := dialMux(t, s.URL, MuxOptions{})
+	defer c.Close()
+	for _, test := range []struct {
+		to   Endpoint
+		want string
+	}{
+		{to: Endpoint{Network: "tcp", Port: 80}},
+		{to: Endpoint{Network: "unix", Path: "/run/app.sock"}},
+		{to: Endpoint{Network: "tcp", Port: 1}},
+		{to: Endpoint{Network: "udp", Port: 53, Instance: "web-1"}, want: `targets "web" is forbidden: no datagrams`},
+		{to: Endpoint{Network: "tcp", Port: 2}, want: "a target of source ssh has no such thing"},
+		{to: Endpoint{Network: "udp"}, want: "port is needed, 1 to 65535"},
+	} {
+		got := ""
+		if err := c.Check(testContext(t), test.to); err != nil {
+			got = err.Error()
+		}
+		if diff := cmp.Diff(test.want, got); diff != "" {
+			t.Errorf("%+v (-want +got):\n%s", test.to, diff)
+		}
+	}
+
+	narrow := serveMuxWith(t, PortForwardRequest{Ports: []uint16{80}}, Options{}, PortForwardBackend{})
+	n := dialMux(t, narrow.URL, MuxOptions{})
+	defer n.Close()
+	if err := n.Check(testContext(t), Endpoint{Network: "tcp", Port: 80}); err != nil {
+		t.Errorf("a backend that leaves it to Dial: %v", err)
+	}
+	if err := n.Check(testContext(t), Endpoint{Network: "tcp", Port: 81}); !apierrors.IsForbidden(err) {
+		t.Errorf("a port that the session isn't for: %v", err)
+	}
+}
+
 func TestMuxBoundsConnections(t *testing.T) {
 	s := servePortForward(t, PortForwardRequest{}, Options{MaxForwards: 2}, dialLoopback)
 	c := dialMux(t, s.URL, MuxOptions{})

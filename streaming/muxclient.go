@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -190,6 +191,21 @@ func (m *MuxClient) Dial(ctx context.Context, to Endpoint) (*MuxStream, error) {
 	}
 	s.datagrams = to.Network == "udp"
 	return s, nil
+}
+
+// Check asks the server whether Dial would be allowed to connect to an
+// endpoint, which isn't connected to. If it would not, the error is an
+// APIStatus. A server that doesn't know the question says what it thinks of an
+// endpoint when that is dialled; until then there is no error.
+func (m *MuxClient) Check(ctx context.Context, to Endpoint) error {
+	s, _, err := m.begin(ctx, muxOpening{Network: to.Network, Port: to.Port, Path: to.Path, Instance: to.Instance, Check: true}, nil)
+	if err == nil {
+		return s.Reset()
+	}
+	if apierrors.IsBadRequest(err) && strings.Contains(err.Error(), `unknown field "check"`) {
+		return nil
+	}
+	return err
 }
 
 // begin opens a stream and waits for the server's answer.

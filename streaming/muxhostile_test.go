@@ -154,6 +154,7 @@ func TestMuxRefusesHeaders(t *testing.T) {
 		"with two values":       {opening(dialOne + dialOne), "the header can't be read: there is more than one value"},
 		"with too large a port": {opening(`{"network":"tcp","port":65536}`), "the header can't be read: json: cannot unmarshal number 65536 into Go struct field muxOpening.port of type uint16"},
 		"that names a listener": {opening(`{"network":"tcp","port":1,"listener":4}`), "listener is the server's to say"},
+		"that listens to ask":   {opening(`{"network":"tcp","port":1,"listen":true,"check":true}`), "check is for connections: whether a port may be listened on is said when it is"},
 		"that is too long":      {"\x10\x01", "a header of 4097 bytes: 4096 is the most"},
 		"that doesn't come":     {"\x00", "no header came within 50ms"},
 		"that is nothing":       {opening(""), "the header can't be read: EOF"},

@@ -34,6 +34,8 @@ type muxOpening struct {
 	Instance string `json:"instance,omitempty"`
 	// Listen asks for a reverse forward; the stream stands for the listener.
 	Listen bool `json:"listen,omitempty"`
+	// Check asks whether a connection would be allowed, and for none.
+	Check bool `json:"check,omitempty"`
 	// Listener is the stream of the listener that took the connection.
 	Listener uint32 `json:"listener,omitempty"`
 }
@@ -61,8 +63,11 @@ func (o muxOpening) check() error {
 	default:
 		fault = fmt.Sprintf("the network %q is unknown: use tcp, udp or unix", truncate(o.Network, 64))
 	}
-	if o.Listener != 0 {
+	switch {
+	case o.Listener != 0:
 		fault = "listener is the server's to say"
+	case o.Listen && o.Check:
+		fault = "check is for connections: whether a port may be listened on is said when it is"
 	}
 	if fault != "" {
 		return httpErrorf(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%s", fault)
@@ -217,6 +222,13 @@ func (f *forwarder) serveStream(c *muxConn, s *MuxStream) {
 	s.watch(cancel)
 	if o.Listen {
 		f.listen(ctx, c, s, o.endpoint())
+		return
+	}
+	if o.Check {
+		if f.backend.Check != nil {
+			err = f.backend.Check(ctx, o.endpoint())
+		}
+		s.answer(err)
 		return
 	}
 	backend, err := f.backend.Dial(ctx, o.endpoint())

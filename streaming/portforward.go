@@ -60,6 +60,9 @@ type PortForwardBackend struct {
 	// Dial connects to an endpoint. A connection of "udp" keeps datagrams
 	// apart: each Read returns one, each Write sends one.
 	Dial func(ctx context.Context, to Endpoint) (PortStream, error)
+	// Check says whether Dial would be allowed to connect to an endpoint, as far
+	// as that can be known without doing so. nil leaves all of it to Dial.
+	Check func(ctx context.Context, to Endpoint) error
 	// Listen has the target's side listen, and the client take the connections:
 	// a reverse forward. nil refuses that.
 	Listen func(ctx context.Context, at Endpoint) (PortListener, error)

@@ -3,6 +3,7 @@ package target
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
@@ -14,6 +15,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/validation/field"
 	"k8s.io/apiserver/pkg/audit"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/registry/rest"
@@ -62,22 +64,23 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 		return nil, err
 	}
 	var narrowed streaming.PortForwardRequest
-	var notTCP error // of a port that may be forwarded by UDP, though
-	for _, port := range opts.Ports {
+	// Of a port that may be forwarded by UDP, though.
+	var notTCP, toldNotTCP error
+	for i, port := range opts.Ports {
 		// Ports that are named beforehand are refused beforehand.
 		if err := policy.AllowPortNumber(to.class, to.target, uint16(port)); err != nil {
 			r.tell(to.target, err)
-			return nil, statusError(err)
+			return nil, refusedPort(i, err)
 		}
-		if err := policy.AllowPort(to.class, to.target, uint16(port), v1.ProtocolTCP); err != nil {
-			notTCP = err
+		if err := policy.AllowPort(to.class, to.target, uint16(port), v1.ProtocolTCP); err != nil && notTCP == nil {
+			notTCP, toldNotTCP = err, refusedPort(i, err)
 		}
 		narrowed.Ports = append(narrowed.Ports, uint16(port))
 	}
 	return r.stream(responder, to, instance, "portforward", func(w http.ResponseWriter, req *http.Request, s *session.Session, stands func()) error {
 		if notTCP != nil && !slices.Contains(websocket.Subprotocols(req), streaming.MuxProtocol) {
 			r.tell(to.target, notTCP)
-			responder.Error(statusError(notTCP))
+			responder.Error(toldNotTCP)
 			return notTCP
 		}
 		f := &forwarding{
@@ -104,6 +107,19 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 		backend.Begun = stands
 		return streaming.ServePortForward(w, req, narrowed, r.opts.Streaming, backend)
 	}), nil
+}
+
+// refusedPort is the answer to a session of which a port is refused. It says
+// which of them it is, so that a client can do without.
+func refusedPort(i int, err error) error {
+	err = statusError(err)
+	if status, ok := errors.AsType[*apierrors.StatusError](err); ok {
+		status.ErrStatus.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{{
+			Type:  metav1.CauseTypeForbidden,
+			Field: field.NewPath("ports").Index(i).String(),
+		}}}
+	}
+	return err
 }
 
 // forwarding is a session of port-forward. Each of its streams is judged by the
@@ -151,7 +167,8 @@ type reached struct {
 // backend makes the streams of a session, which ctx ends with.
 func (f *forwarding) backend(ctx context.Context) streaming.PortForwardBackend {
 	return streaming.PortForwardBackend{
-		Dial: f.dial,
+		Dial:  f.dial,
+		Check: f.check,
 		Listen: func(call context.Context, at streaming.Endpoint) (streaming.PortListener, error) {
 			listener, err := f.listen(call, at)
 			if err != nil {
@@ -170,51 +187,85 @@ func (f *forwarding) backend(ctx context.Context) streaming.PortForwardBackend {
 	}
 }
 
-// dial connects a stream.
-func (f *forwarding) dial(ctx context.Context, end streaming.Endpoint) (streaming.PortStream, error) {
+// way is how a stream gets to an endpoint.
+type way struct {
+	// what names the endpoint.
+	what string
+	// allow asks the class.
+	allow func(*access) error
+	// find returns what connects to it. It doesn't connect.
+	find func(driver.Conn, *v1.Target) (dialer, error)
+}
+
+type dialer func(context.Context) (driver.Stream, error)
+
+// way finds the way to an endpoint.
+func (f *forwarding) way(end streaming.Endpoint) (*way, error) {
 	if err := f.permit(end.Network != "unix" && slices.Contains(f.ports, end.Port)); err != nil {
 		return nil, err
 	}
-	var allow func(*access) error
-	var connect func(driver.Conn, *v1.Target) (driver.Stream, error)
-	what := ""
 	switch end.Network {
 	case "tcp", "udp":
 		protocol := v1.ProtocolTCP
 		if end.Network == "udp" {
 			protocol = v1.ProtocolUDP
 		}
-		what = fmt.Sprintf("%s %d", end.Network, end.Port)
-		allow = func(to *access) error { return policy.AllowPort(to.class, to.target, end.Port, protocol) }
-		connect = func(conn driver.Conn, target *v1.Target) (driver.Stream, error) {
-			able, err := ability[driver.PortDialer](conn, target, "portforward")
-			if err != nil {
-				return nil, err
-			}
-			return able.DialPort(ctx, end.Network, end.Port)
-		}
+		return &way{
+			what:  fmt.Sprintf("%s %d", end.Network, end.Port),
+			allow: func(to *access) error { return policy.AllowPort(to.class, to.target, end.Port, protocol) },
+			find: func(conn driver.Conn, target *v1.Target) (dialer, error) {
+				able, err := ability[driver.PortDialer](conn, target, "portforward")
+				return func(ctx context.Context) (driver.Stream, error) { return able.DialPort(ctx, end.Network, end.Port) }, err
+			},
+		}, nil
 	case "unix":
 		if !policy.IsSocketPath(end.Path) {
 			return nil, apierrors.NewBadRequest("the path of a unix socket has to be absolute, without '.', '..' and needless slashes: /run/app.sock, for example")
 		}
-		what = "unix " + end.Path
-		allow = func(to *access) error { return policy.AllowSocket(to.class, end.Path) }
-		connect = func(conn driver.Conn, target *v1.Target) (driver.Stream, error) {
-			able, err := ability[driver.SocketDialer](conn, target, "forwarding to unix sockets")
-			if err != nil {
-				return nil, err
-			}
-			return able.DialSocket(ctx, end.Path)
-		}
-	default:
-		return nil, apierrors.NewBadRequest(fmt.Sprintf("the network %q can't be dialled: tcp, udp and unix can", shown(end.Network)))
+		return &way{
+			what:  "unix " + end.Path,
+			allow: func(to *access) error { return policy.AllowSocket(to.class, end.Path) },
+			find: func(conn driver.Conn, target *v1.Target) (dialer, error) {
+				able, err := ability[driver.SocketDialer](conn, target, "forwarding to unix sockets")
+				return func(ctx context.Context) (driver.Stream, error) { return able.DialSocket(ctx, end.Path) }, err
+			},
+		}, nil
 	}
-	stream, on, err := use(ctx, f, end.Instance, allow, connect)
+	return nil, apierrors.NewBadRequest(fmt.Sprintf("the network %q can't be dialled: tcp, udp and unix can", shown(end.Network)))
+}
+
+// dial connects a stream.
+func (f *forwarding) dial(ctx context.Context, end streaming.Endpoint) (streaming.PortStream, error) {
+	way, err := f.way(end)
 	if err != nil {
 		return nil, err
 	}
-	f.note(&f.forwarded, on.name+" "+what)
+	stream, on, err := use(ctx, f, end.Instance, way.allow, func(conn driver.Conn, target *v1.Target) (driver.Stream, error) {
+		dial, err := way.find(conn, target)
+		if err != nil {
+			return nil, err
+		}
+		return dial(ctx)
+	})
+	if err != nil {
+		return nil, err
+	}
+	f.note(&f.forwarded, on.name+" "+way.what)
 	return f.share(on, stream), nil
+}
+
+// check does what dial does but for connecting.
+func (f *forwarding) check(ctx context.Context, end streaming.Endpoint) error {
+	way, err := f.way(end)
+	if err != nil {
+		return err
+	}
+	_, on, err := use(ctx, f, end.Instance, way.allow, way.find)
+	if err != nil {
+		return err
+	}
+	f.leave(on)
+	return nil
 }
 
 // permit refuses what a session whose ports were named isn't for: whoever judged

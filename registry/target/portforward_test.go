@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"slices"
 	"strings"
@@ -366,6 +367,13 @@ func TestEndpointsOfAForward(t *testing.T) {
 					l.Close()
 				}
 			} else {
+				// What is judged without the driver is judged so before, too.
+				asked := backend.Check(t.Context(), tt.end)
+				if tt.want != "" && asked != nil {
+					t.Errorf("it is refused when it is checked: %v", asked)
+				} else if tt.want == "" {
+					wantStatus(t, asked, tt.wantCode, tt.wantErr)
+				}
 				err = dial(t, backend, tt.end)
 			}
 			if tt.wantCode != 0 {
@@ -383,12 +391,73 @@ func TestEndpointsOfAForward(t *testing.T) {
 				t.Errorf("the driver was asked for %q, want %q", got, tt.want)
 			}
 			// A cache may answer, but not with what was before the session.
-			if want := []string{"7"}; len(d.asked) > 0 && !slices.Equal(d.asked, want) {
-				t.Errorf("the target was asked for at %q, want %q", d.asked, want)
+			for _, version := range d.asked {
+				if version != "7" {
+					t.Errorf("the target was asked for at %q, want 7", d.asked)
+				}
 			}
 		})
 	}
 }
+
+// TestChecksLeaveTheInstance: what a check goes through isn't kept by it.
+func TestChecksLeaveTheInstance(t *testing.T) {
+	d := newPorts()
+	f, backend := d.begin(t, "")
+	for _, end := range []streaming.Endpoint{{Network: "tcp", Port: 80}, {Network: "unix", Path: "/run/app.sock"}} {
+		if err := backend.Check(t.Context(), end); err != nil {
+			t.Error(err)
+		}
+	}
+	if on := f.reached["web-0"]; on == nil || on.users != 0 {
+		t.Errorf("after the checks, the instance is %+v", on)
+	}
+	f.end(t.Context())
+	if got, want := d.took(), []string{"open web-0 of generation 1", "close web-0"}; !slices.Equal(got, want) {
+		t.Errorf("calls %q, want %q", got, want)
+	}
+}
+
+// TestRefusedPortsAreNamed, so that a client can do without them.
+func TestRefusedPortsAreNamed(t *testing.T) {
+	for name, tt := range map[string]struct {
+		ports     []int32
+		wantErr   string
+		wantField string
+	}{
+		"of two, the second":              {ports: []int32{80, 22}, wantErr: "port 22 (TCP) is not among those that are open", wantField: "ports[1]"},
+		"one of UDP, without its network": {ports: []int32{80, 53}, wantErr: "port 53 (TCP) is not among those that are open", wantField: "ports[1]"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newPorts()
+			f, _ := d.begin(t, "")
+			f.opts.Sessions = session.NewManager(session.Options{})
+			responder := &refusals{}
+			handler, err := (&PortForwardREST{f.connector}).Connect(request.WithNamespace(t.Context(), "shop"), "web", &v1.TargetPortForwardOptions{Ports: tt.ports}, responder)
+			if err == nil {
+				// By SPDY, which carries TCP alone.
+				req := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/", nil)
+				handler.ServeHTTP(httptest.NewRecorder(), req)
+				err = responder.err
+			}
+			wantStatus(t, err, http.StatusForbidden, tt.wantErr)
+			var status apierrors.APIStatus
+			if !errors.As(err, &status) {
+				t.Fatal("it is no status")
+			}
+			want := &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: metav1.CauseTypeForbidden, Field: tt.wantField}}}
+			if diff := cmp.Diff(want, status.Status().Details); diff != "" {
+				t.Errorf("details (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// refusals is a rest.Responder that keeps the error.
+type refusals struct{ err error }
+
+func (r *refusals) Object(int, runtime.Object) {}
+func (r *refusals) Error(err error)            { r.err = err }
 
 // TestForwardOutlivesInstances: a session that named none goes on with those
 // that are ready.
