@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/cli-runtime/pkg/printers"
@@ -317,19 +318,22 @@ func (o *logsOptions) print(ctx context.Context, c *client, conn *logClient, out
 	if err := out.finish(); err != nil {
 		return err
 	}
-	failed := false
+	failed, without := false, 0
 	for _, err := range errs {
 		switch {
 		case err == nil:
+			continue
 		case o.selector == "":
 			return err
+		case o.previous && apierrors.IsNotFound(err):
+			without++ // as for the instances of one target
 		default:
 			failed = true
-			message, _ := describe(err)
-			fmt.Fprintln(c.ErrOut, message)
 		}
+		message, _ := describe(err)
+		fmt.Fprintln(c.ErrOut, message)
 	}
-	if failed {
+	if failed || without == len(errs) {
 		return errFailed
 	}
 	return nil

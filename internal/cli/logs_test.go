@@ -561,6 +561,52 @@ func TestSelectedLogs(t *testing.T) {
 	}
 }
 
+func TestPreviousLogsThatThereAreNot(t *testing.T) {
+	server := newTestServer(t, process("a"), process("b"))
+	for name, test := range map[string]struct {
+		// had are the targets with a previous run.
+		had      string
+		args     []string
+		wantCode int
+		wantOut  string
+		wantErr  string
+	}{
+		"of some of the selected": {had: "b", args: []string{"-l", "app=shop"}, wantOut: "was\n",
+			wantErr: "Error from server (NotFound): instance a-0 has no log of a previous run\n"},
+		"of all of the selected": {args: []string{"-l", "app=shop"}, wantCode: 1,
+			wantErr: "Error from server (NotFound): instance a-0 has no log of a previous run\nError from server (NotFound): instance b-0 has no log of a previous run\n"},
+		"of some instances": {had: "b", args: []string{"b", "--all-instances"}, wantOut: "2026-01-01T00:00:01Z was\n",
+			wantErr: "Warning: without a log of a previous run: b-1\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server.log = func(w http.ResponseWriter, r *http.Request, target string) {
+				if target != test.had {
+					writeError(w, &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusNotFound, Reason: metav1.StatusReasonNotFound,
+						Message: "instance " + target + "-0 has no log of a previous run"}})
+					return
+				}
+				if strings.Contains(strings.Join(test.args, " "), "--all-instances") {
+					w.Header().Set("Warning", `299 - "without a log of a previous run: b-1"`)
+				}
+				if r.URL.Query().Get("prefix") != "" {
+					fmt.Fprintf(w, "[%s-0] ", target)
+				}
+				fmt.Fprintln(w, at(1, "was"))
+			}
+			cmd := server.start(nil, append([]string{"logs", "-p"}, test.args...)...)
+			if code := cmd.wait(); code != test.wantCode {
+				t.Errorf("exit code %d, want %d", code, test.wantCode)
+			}
+			if diff := cmp.Diff(test.wantOut, cmd.out.String()); diff != "" {
+				t.Errorf("stdout (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(test.wantErr, cmd.errOut.String()); diff != "" {
+				t.Errorf("stderr (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
 // logOf is the log of an instance that a test writes.
 type logOf struct {
 	mu      sync.Mutex

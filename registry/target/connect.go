@@ -130,8 +130,9 @@ func instances(target *v1.Target) []string {
 	return names
 }
 
-func listed(names []string) string {
-	const most = 5
+func listed(names []string) string { return enumerated(names, 5) }
+
+func enumerated(names []string, most int) string {
 	switch {
 	case len(names) == 0:
 		return "none"

@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/registry/rest"
+	"k8s.io/apiserver/pkg/warning"
 	"k8s.io/utils/clock"
 
 	api "aaserver.io/aaserver/apis/streaming"
@@ -98,11 +99,13 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 		if opts.AllInstances {
 			first.Follow = false
 		}
-		for _, name := range names {
-			if err := logs.open(req.Context(), name, first); err != nil {
-				responder.Error(statusError(err))
-				return err
-			}
+		without, err := logs.openAll(req.Context(), names, first, opts.AllInstances)
+		if err != nil {
+			responder.Error(statusError(err))
+			return err
+		}
+		if len(without) > 0 {
+			warning.AddWarning(req.Context(), "", "without a log of a previous run: "+enumerated(without, maxWarned))
 		}
 		if !opts.AllInstances {
 			w.Header().Set(v1.LogInstanceHeader, instance)
@@ -126,6 +129,30 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 			return err
 		})
 	}), nil
+}
+
+// maxWarned is how many instances a warning names. It is sent whole up to 4096
+// characters.
+const maxWarned = 50
+
+// openAll opens the logs of instances. Of all that a target has, those that had
+// no previous run where that is asked for are returned and left out, unless none
+// had one.
+func (l *logStream) openAll(ctx context.Context, names []string, selected driver.LogOptions, all bool) (without []string, err error) {
+	for _, name := range names {
+		err := l.open(ctx, name, selected)
+		switch {
+		case err == nil:
+		case all && selected.Previous && len(names) > 1 && driver.KindOf(err) == driver.NotFound:
+			without = append(without, name)
+		default:
+			return nil, err
+		}
+	}
+	if len(without) > 0 && len(l.sources) == 0 {
+		return nil, driver.Errorf(driver.NotFound, "none of the %d instances of target %q has a log of a previous run", len(without), l.to.target.Name)
+	}
+	return without, nil
 }
 
 // begunWriter says with the first write, which sends the headers or upgrades the

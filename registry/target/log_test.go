@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -16,6 +18,8 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/internalversion"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
+	apifilters "k8s.io/apiserver/pkg/endpoints/filters"
+	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/client-go/tools/record"
 	clocktesting "k8s.io/utils/clock/testing"
 	"k8s.io/utils/ptr"
@@ -23,6 +27,7 @@ import (
 	api "aaserver.io/aaserver/apis/streaming"
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
 	"aaserver.io/aaserver/internal/driver"
+	"aaserver.io/aaserver/internal/session"
 )
 
 // fakeDriver keeps logs in memory.
@@ -168,6 +173,88 @@ func TestLogsOfManyInstancesAreMergedByTime(t *testing.T) {
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Errorf("output (-want +got):\n%s", diff)
 	}
+}
+
+func TestPreviousRunsOfAllInstances(t *testing.T) {
+	many := make([]string, 60)
+	for i := range many {
+		many[i] = fmt.Sprint("web-", i)
+	}
+	for name, tt := range map[string]struct {
+		instances []string
+		// had are those with a previous run.
+		had         []string
+		want        string
+		wantWarning string
+		wantCode    int32
+		wantErr     string
+	}{
+		"all had one":      {instances: many[:2], had: many[:2], want: "[web-0] was web-0\n[web-1] was web-1\n"},
+		"one had none":     {instances: many[:3], had: []string{"web-1"}, want: "[web-1] was web-1\n", wantWarning: `299 - "without a log of a previous run: web-0, web-2"`},
+		"none had one":     {instances: many[:2], wantCode: http.StatusNotFound, wantErr: `none of the 2 instances of target "web" has a log of a previous run`},
+		"the only one":     {instances: many[:1], wantCode: http.StatusNotFound, wantErr: "web-0: none"},
+		"most had none":    {instances: many, had: []string{"web-9"}, want: "[web-9] was web-9\n", wantWarning: `web-49, web-50 and 9 more"`},
+		"the driver fails": {instances: append([]string{"broken"}, many[:2]...), had: many[:2], wantCode: http.StatusServiceUnavailable, wantErr: "the disk is broken"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newPorts()
+			f, _ := d.begin(t, "")
+			opts := f.opts
+			opts.Sessions = session.NewManager(session.Options{})
+			had := newFakeDriver()
+			for i, name := range tt.had {
+				had.write(name, at(i, "was "+name))
+			}
+			opts.Drivers = func(*v1.Target) (driver.Driver, error) { return previousRuns{had}, nil }
+			d.target.Status.Instances = nil
+			for _, name := range tt.instances {
+				d.target.Status.Instances = append(d.target.Status.Instances, v1.InstanceStatus{Name: name})
+			}
+			ctx := request.WithNamespace(t.Context(), "shop")
+			responder := &refusals{}
+			handler, err := (&LogREST{connector: &connector{targets: d, opts: opts}}).Connect(ctx, "web", &v1.TargetLogOptions{Previous: true, AllInstances: true, Prefix: true}, responder)
+			if err != nil {
+				t.Fatal(err)
+			}
+			recorded := httptest.NewRecorder()
+			apifilters.WithWarningRecorder(handler).ServeHTTP(recorded, httptest.NewRequestWithContext(ctx, http.MethodGet, "/", nil))
+			if tt.wantErr != "" {
+				wantStatus(t, responder.err, tt.wantCode, tt.wantErr)
+			} else if responder.err != nil {
+				t.Error(responder.err)
+			}
+			if diff := cmp.Diff(tt.want, recorded.Body.String()); diff != "" {
+				t.Errorf("output (-want +got):\n%s", diff)
+			}
+			if got := recorded.Header().Get("Warning"); (got == "") != (tt.wantWarning == "") || !strings.HasSuffix(got, tt.wantWarning) {
+				t.Errorf("warning %q, want %q", got, tt.wantWarning)
+			}
+		})
+	}
+}
+
+// previousRuns are the logs of instances that had one before.
+type previousRuns struct{ *fakeDriver }
+
+func (p previousRuns) Open(ctx context.Context, req driver.Request) (driver.Conn, error) {
+	if req.Instance == "broken" {
+		return nil, driver.Errorf(driver.Unavailable, "the disk is broken")
+	}
+	p.mu.Lock()
+	had := p.logs[req.Instance] != nil
+	p.mu.Unlock()
+	if !had {
+		return withoutPrevious{req.Instance}, nil
+	}
+	return p.fakeDriver.Open(ctx, req)
+}
+
+type withoutPrevious struct{ instance string }
+
+func (withoutPrevious) Close() error { return nil }
+
+func (w withoutPrevious) Logs(context.Context, driver.LogOptions) (driver.LogReader, error) {
+	return nil, driver.Errorf(driver.NotFound, "%s: none", w.instance)
 }
 
 // lockedBuffer is written by one goroutine and read by another.
