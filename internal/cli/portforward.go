@@ -19,6 +19,7 @@ import (
 
 	"github.com/spf13/cobra"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation/field"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 	"k8s.io/kubectl/pkg/util/templates"
 	"k8s.io/utils/clock"
@@ -263,7 +264,7 @@ type forwarder struct {
 // begins with all that can fail: sessions, then ports and sockets.
 func (f *forwarder) run(ctx context.Context) error {
 	var routes []*route
-	var failed []forward
+	var failed []unforwarded
 	defer func() {
 		f.running.Wait()
 		for _, r := range routes {
@@ -282,26 +283,25 @@ func (f *forwarder) run(ctx context.Context) error {
 		}
 	}()
 	for _, target := range f.options.targets {
-		keeper, forwards, err := f.open(ctx, target)
+		keeper, forwards, refused, err := f.open(ctx, target)
 		if err != nil {
 			return err
+		}
+		failed = append(failed, refused...)
+		if keeper == nil {
+			continue
 		}
 		f.running.Go(func() { keeper.run(ctx) })
 		for _, forward := range forwards {
 			opened, err := f.listen(ctx, target, keeper, forward)
-			switch {
-			case err == nil:
-				routes = append(routes, opened...)
-			case forward.reverse || f.options.ready != nil:
-				return err
-			default:
-				fmt.Fprintf(f.errOut, "Unable to listen on %s: %v\n", forward.local.kind(), err)
-				failed = append(failed, forward)
+			if err != nil {
+				failed = append(failed, unforwarded{forward, target, err})
 			}
+			routes = append(routes, opened...)
 		}
 	}
-	if len(routes) == 0 {
-		return fmt.Errorf("unable to listen on any of the requested ports: %v", failed)
+	if err := f.report(failed, len(routes) == 0); err != nil {
+		return err
 	}
 	for _, r := range routes {
 		f.announce(r)
@@ -325,24 +325,78 @@ func (f *forwarder) run(ctx context.Context) error {
 	return nil
 }
 
-// open makes the session with a target.
-func (f *forwarder) open(ctx context.Context, target *forwardedTarget) (*keeper, []forward, error) {
+// unforwarded is a forward that there won't be.
+type unforwarded struct {
+	forward
+	target *forwardedTarget
+	err    error
+}
+
+// String says so, for a local port in kubectl's words.
+func (u unforwarded) String() string {
+	switch {
+	case u.reverse:
+		return fmt.Sprintf("Unable to have target %q listen on port %d: %s", u.target, u.remote.Port, sentence(u.err))
+	case !u.here():
+		return fmt.Sprintf("Unable to forward to %s of target %q: %s", endpointName(u.remote), u.target, sentence(u.err))
+	}
+	return fmt.Sprintf("Unable to listen on %s: %v", u.local.kind(), u.err)
+}
+
+// report tells of forwards that there won't be. The others go on, as with
+// kubectl; it is an error if there are none, or somebody waits for all.
+func (f *forwarder) report(failed []unforwarded, all bool) error {
+	if len(failed) == 0 {
+		return nil
+	}
+	if f.options.ready != nil || all && len(failed) == 1 && !failed[0].here() {
+		return failed[0].err
+	}
+	here := true
+	forwards := make([]forward, len(failed))
+	for i, u := range failed {
+		fmt.Fprintln(f.errOut, u)
+		here = here && u.here()
+		forwards[i] = u.forward
+	}
+	switch {
+	case !all:
+		return nil
+	case here:
+		return fmt.Errorf("unable to listen on any of the requested ports: %v", forwards)
+	}
+	return fmt.Errorf("none of the requested ports can be forwarded: %v", forwards)
+}
+
+// here says whether it failed on this machine.
+func (u unforwarded) here() bool {
+	return !u.reverse && refusal(u.err) == nil
+}
+
+// open makes the session with a target, unless all that is asked of it is
+// refused: it returns what is left, and what was refused.
+func (f *forwarder) open(ctx context.Context, target *forwardedTarget) (*keeper, []forward, []unforwarded, error) {
 	var object *v1.Target
 	if slices.ContainsFunc(target.args, func(a forwardArg) bool { return a.name != "" }) {
 		var err error
 		if object, err = f.conn.clientset.StreamingV1().Targets(f.conn.namespace).Get(ctx, target.target, metav1.GetOptions{}); err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 	}
 	forwards, err := resolve(target.args, object)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	request := f.conn.subresource("POST", target.target, "portforward").VersionedParams(target.query(forwards), scheme.ParameterCodec)
-	if err := request.Error(); err != nil {
-		return nil, nil, err
+	var refused []unforwarded
+	refuse := func(err error, which func(forward) bool) {
+		forwards = slices.DeleteFunc(forwards, func(f forward) bool {
+			if which(f) {
+				refused = append(refused, unforwarded{f, target, err})
+				return true
+			}
+			return false
+		})
 	}
-	u := request.URL()
 	// A server that spoke the mux protocol still does: that it can't be
 	// reached by WebSocket for a moment doesn't make it forget UDP.
 	mux, first := false, true
@@ -350,9 +404,24 @@ func (f *forwarder) open(ctx context.Context, target *forwardedTarget) (*keeper,
 	keeper, err := newKeeper(ctx, target.String(), f.errOut, func(ctx context.Context) (tunnel, error) {
 		ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the server at %s hasn't answered for %v", f.conn.config.Host, patience))
 		defer cancel()
-		t, err := f.conn.dialPortForward(ctx, target.target, u, mux)
-		if err != nil {
-			return nil, cmp.Or(context.Cause(ctx), err)
+		query := target.query(forwards)
+		t, err := f.dial(ctx, target, query, mux)
+		for err != nil {
+			port, ok := refusedPort(err, query.Ports)
+			switch {
+			case !ok:
+				return nil, cmp.Or(context.Cause(ctx), err)
+			case first:
+				refuse(err, func(f forward) bool { return !f.reverse && f.remote.Network != "unix" && int32(f.remote.Port) == port })
+				if len(forwards) == 0 {
+					return nil, errAllRefused
+				}
+				query = target.query(forwards)
+			default:
+				// That a port isn't open any more is for its connections to tell.
+				query.Ports = nil
+			}
+			t, err = f.dial(ctx, target, query, mux)
 		}
 		if first {
 			for _, forward := range forwards {
@@ -360,12 +429,57 @@ func (f *forwarder) open(ctx context.Context, target *forwardedTarget) (*keeper,
 					return nil, errors.Join(err, t.Close())
 				}
 			}
+			for _, one := range slices.Clone(forwards) {
+				if one.reverse {
+					continue // it is judged when it listens
+				}
+				err := t.check(ctx, one.remote)
+				if refusal(err) != nil {
+					refuse(err, func(f forward) bool { return f == one })
+				} else if err != nil {
+					return nil, errors.Join(cmp.Or(context.Cause(ctx), err), t.Close())
+				}
+			}
+			if len(forwards) == 0 {
+				return nil, errors.Join(errAllRefused, t.Close())
+			}
 		}
 		_, mux = t.(muxTunnel)
 		first = false
 		return t, nil
 	})
-	return keeper, forwards, err
+	if errors.Is(err, errAllRefused) {
+		return nil, nil, refused, nil
+	}
+	return keeper, forwards, refused, err
+}
+
+// errAllRefused is why there is no session with a target.
+var errAllRefused = errors.New("all that was asked for is refused")
+
+// dial opens a session.
+func (f *forwarder) dial(ctx context.Context, target *forwardedTarget, query *v1.TargetPortForwardOptions, muxOnly bool) (tunnel, error) {
+	request := f.conn.subresource("POST", target.target, "portforward").VersionedParams(query, scheme.ParameterCodec)
+	if err := request.Error(); err != nil {
+		return nil, err
+	}
+	return f.conn.dialPortForward(ctx, target.target, request.URL(), muxOnly)
+}
+
+// refusedPort returns which port of a session is why the server refuses it.
+func refusedPort(err error, ports []int32) (port int32, ok bool) {
+	status := refusal(err)
+	if status == nil || status.ErrStatus.Details == nil {
+		return 0, false
+	}
+	for _, cause := range status.ErrStatus.Details.Causes {
+		for i, port := range ports {
+			if cause.Type == metav1.CauseTypeForbidden && cause.Field == field.NewPath("ports").Index(i).String() {
+				return port, true
+			}
+		}
+	}
+	return 0, false
 }
 
 // query returns the request's options. Ports narrow the session, so that the
@@ -438,11 +552,25 @@ func (f *forwarder) listen(ctx context.Context, target *forwardedTarget, keeper 
 		}
 		return []*route{r}, nil
 	}
-	opened, err := forward.local.listen(f.options.addresses)
+	opened, taken, err := forward.local.listen(f.options.addresses)
+	for _, half := range taken {
+		localhost := half.at
+		localhost.host = "localhost"
+		fmt.Fprintf(f.errOut, "warning: %s can't be listened on (%v): what connects to %s may reach another program there. %s is forwarded: connect to that, or choose another port.\n",
+			half.at.withProtocol(), cause(half.err), localhost.withProtocol(), opened[0].at.withProtocol())
+	}
 	for _, listener := range opened {
 		routes = append(routes, &route{forward: forward, target: target, keeper: keeper, at: listener.at, from: listener})
 	}
 	return routes, err
+}
+
+// cause is an error of listening without what the address says.
+func cause(err error) error {
+	if operation, ok := errors.AsType[*net.OpError](err); ok {
+		return operation.Err
+	}
+	return err
 }
 
 // announced is a route in JSON. Its fields are for scripts: they stay.
@@ -469,10 +597,7 @@ type announcedEnd struct {
 func (f *forwarder) announce(r *route) {
 	if !f.options.json {
 		to := r.remoteName()
-		from := r.at.String()
-		if r.at.network == "udp" {
-			from = withProtocol("udp", from)
-		}
+		from := r.at.withProtocol()
 		if r.reverse {
 			from, to = to, from
 		}
@@ -551,9 +676,13 @@ func refuse(local stream) {
 // anew on each session.
 func (f *forwarder) serveReverse(ctx context.Context, r *route) {
 	for {
-		f.acceptReverse(ctx, r)
+		lost := f.acceptReverse(ctx, r)
 		pauses := retries.DelayWithReset(clock.RealClock{}, settled)
 		told, ended := "", time.Now()
+		if lost != nil {
+			told = sentence(lost)
+			fmt.Fprintf(f.errOut, "Target %q doesn't listen on port %d any more: %s. It is asked to again.\n", r.target, r.remote.Port, told)
+		}
 		for r.listener == nil {
 			s, err := r.keeper.acquire(ctx)
 			if err != nil {
@@ -592,8 +721,8 @@ func (f *forwarder) serveReverse(ctx context.Context, r *route) {
 }
 
 // acceptReverse forwards until the listener ends: with its session, when that
-// is replaced, or because the server closed it.
-func (f *forwarder) acceptReverse(ctx context.Context, r *route) {
+// is replaced, or because the server closed it, for the reason that is returned.
+func (f *forwarder) acceptReverse(ctx context.Context, r *route) (lost error) {
 	s, over := r.session, make(chan struct{})
 	var watching sync.WaitGroup
 	watching.Go(func() {
@@ -605,7 +734,7 @@ func (f *forwarder) acceptReverse(ctx context.Context, r *route) {
 		}
 		_ = r.listener.Close()
 	})
-	from := remoteListener{r.listener, func() { r.keeper.hold(s) }}
+	from := &remoteListener{PortListener: r.listener, admit: func() { r.keeper.hold(s) }}
 	f.accept(ctx, r, from, func(ctx context.Context, remote stream) error {
 		defer r.keeper.release(s)
 		local, err := r.local.dial(ctx)
@@ -616,10 +745,14 @@ func (f *forwarder) acceptReverse(ctx context.Context, r *route) {
 		_ = join(ctx, s.Done(), local, remote)
 		return nil
 	})
+	if ctx.Err() == nil && !closed(s.Done()) && !closed(s.replaced) {
+		lost = from.ended
+	}
 	close(over)
 	watching.Wait()
 	r.listener = nil
 	r.keeper.release(s)
+	return lost
 }
 
 // listenOn has the target's side listen, over a session that was acquired. The

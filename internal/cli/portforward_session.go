@@ -54,6 +54,9 @@ type tunnel interface {
 	// supports returns an error for the user if the protocol can't carry a
 	// forward.
 	supports(f forward) error
+	// check asks whether the target may be connected to at an end, if the
+	// protocol can ask. Nothing is connected to.
+	check(ctx context.Context, to streaming.Endpoint) error
 }
 
 // muxTunnel is a session in the mux protocol, which carries everything.
@@ -72,6 +75,8 @@ func (t muxTunnel) Dial(ctx context.Context, to streaming.Endpoint) (stream, err
 }
 
 func (muxTunnel) supports(forward) error { return nil }
+
+func (t muxTunnel) check(ctx context.Context, to streaming.Endpoint) error { return t.Check(ctx, to) }
 
 // refusedError is the target's refusal of a connection over SPDY, which has no
 // codes.

@@ -3,7 +3,6 @@ package cli
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,6 +23,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/clientcmd"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
@@ -379,6 +380,179 @@ func TestPortForwardRefusedAtTheStart(t *testing.T) {
 			})
 		}
 	})
+}
+
+func TestPortForwardOfPortsThatAreRefused(t *testing.T) {
+	forEachForwardProtocol(t, func(t *testing.T, server *testServer) {
+		b := newBackend(t)
+		p := server.servePorts(b)
+		denied := func(what string) *apierrors.StatusError {
+			return apierrors.NewForbidden(v1.Resource("targets"), "web", errors.New("its class opens no "+what))
+		}
+		p.check = func(_ context.Context, to streaming.Endpoint) error {
+			if to.Network == "tcp" && to.Port == 80 {
+				return nil
+			}
+			return denied(endpointName(to))
+		}
+		p.judge = func(ports []int32) *apierrors.StatusError {
+			if i := slices.IndexFunc(ports, func(port int32) bool { return port != 80 && port != 53 }); i >= 0 {
+				status := denied(fmt.Sprint(ports[i]))
+				status.ErrStatus.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: metav1.CauseTypeForbidden, Field: fmt.Sprintf("ports[%d]", i)}}}
+				return status
+			}
+			return nil
+		}
+		told := func(what string) string {
+			return fmt.Sprintf("Unable to forward to %s of target \"web\": targets.streaming.aaserver.io \"web\" is forbidden: its class opens no %[1]s\n", what)
+		}
+		t.Run("the others are forwarded", func(t *testing.T) {
+			cmd := server.start(nil, "port-forward", "web", ":22", ":80", ":23")
+			wantEcho(t, "tcp", cmd.address("80"), b)
+			if diff := cmp.Diff(told("22")+told("23"), cmd.errOut.String()); diff != "" {
+				t.Errorf("stderr (-want +got):\n%s", diff)
+			}
+			// A port that isn't open any more keeps no session from the others.
+			p.mu.Lock()
+			p.judge = func(ports []int32) *apierrors.StatusError {
+				if len(ports) == 0 {
+					return nil
+				}
+				status := denied("80")
+				status.ErrStatus.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: metav1.CauseTypeForbidden, Field: "ports[0]"}}}
+				return status
+			}
+			p.mu.Unlock()
+			p.endAll("anew")
+			cmd.says("Connected to target \"web\" again.")
+			cmd.cancel(terminated{syscall.SIGINT})
+			if code := cmd.wait(); code != 0 {
+				t.Errorf("exit code %d, want 0", code)
+			}
+		})
+		p.judge = func(ports []int32) *apierrors.StatusError {
+			if i := slices.IndexFunc(ports, func(port int32) bool { return port == 22 || port == 23 }); i >= 0 {
+				status := denied(fmt.Sprint(ports[i]))
+				status.ErrStatus.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: metav1.CauseTypeForbidden, Field: fmt.Sprintf("ports[%d]", i)}}}
+				return status
+			}
+			return nil
+		}
+		tests := map[string]struct {
+			args []string
+			want string
+		}{
+			"a single one is the error": {args: []string{":22"}, want: "Error from server (Forbidden): targets.streaming.aaserver.io \"web\" is forbidden: its class opens no 22\n"},
+			"none is left":              {args: []string{":22", "0:23"}, want: told("22") + told("23") + "error: none of the requested ports can be forwarded: [{0 22} {0 23}]\n"},
+		}
+		if strings.HasSuffix(t.Name(), "/mux") {
+			tests["a socket is refused before anybody connects"] = struct {
+				args []string
+				want string
+			}{args: []string{":/run/app.sock"}, want: "Error from server (Forbidden): targets.streaming.aaserver.io \"web\" is forbidden: its class opens no /run/app.sock\n"}
+			tests["UDP is refused where the number is open"] = struct {
+				args []string
+				want string
+			}{args: []string{":53/udp"}, want: "Error from server (Forbidden): targets.streaming.aaserver.io \"web\" is forbidden: its class opens no 53/udp\n"}
+		}
+		for name, test := range tests {
+			t.Run(name, func(t *testing.T) {
+				cmd := server.start(nil, append([]string{"port-forward", "web"}, test.args...)...)
+				if code := cmd.wait(); code != 1 {
+					t.Errorf("exit code %d, want 1", code)
+				}
+				if diff := cmp.Diff(test.want, cmd.errOut.String()); diff != "" {
+					t.Errorf("stderr (-want +got):\n%s", diff)
+				}
+				if cmd.out.String() != "" {
+					t.Errorf("stdout %q", cmd.out)
+				}
+			})
+		}
+	})
+}
+
+func TestPortForwardFromHalfOfLocalhost(t *testing.T) {
+	noLeaks(t)
+	taken, err := net.Listen("tcp6", "[::1]:0")
+	if err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatal(err)
+		}
+		t.Skipf("this machine has no ::1: %v", err)
+	}
+	defer taken.Close()
+	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	server := newTestServer(t, process("web"))
+	b := newBackend(t)
+	server.servePorts(b)
+	cmd := server.start(nil, "port-forward", "web", port+":80", "-o", "json")
+	until(t, "it to listen", func() bool { return strings.Count(cmd.out.String(), "\n") == 1 })
+	wantEcho(t, "tcp", "127.0.0.1:"+port, b)
+	want := fmt.Sprintf("warning: [::1]:%s can't be listened on (bind: address already in use): what connects to localhost:%[1]s may reach another program there. 127.0.0.1:%[1]s is forwarded: connect to that, or choose another port.\n", port)
+	if got := cmd.errOut.String(); !strings.HasPrefix(got, want) {
+		t.Errorf("stderr %q, want %q first", got, want)
+	}
+	cmd.cancel(terminated{syscall.SIGINT})
+	if code := cmd.wait(); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+}
+
+type closedAcceptor struct{ acceptor }
+
+func (closedAcceptor) Close() error { return nil }
+
+func TestListeningOnLocalhost(t *testing.T) {
+	both := []listenAddress{{family: "4", host: "127.0.0.1", alternative: true}, {family: "6", host: "::1", alternative: true}}
+	inUse := errors.New("in use")
+	for name, test := range map[string]struct {
+		port uint16
+		// on6 says what of ::1 there is.
+		on6       func(port uint16) error
+		want      []uint16
+		wantTaken int
+	}{
+		"both halves":         {port: 80, on6: func(uint16) error { return nil }, want: []uint16{80, 80}},
+		"the other is taken":  {port: 80, on6: func(port uint16) error { return map[uint16]error{80: inUse}[port] }, want: []uint16{80}, wantTaken: 1},
+		"there is no other":   {port: 80, on6: func(uint16) error { return inUse }, want: []uint16{80}},
+		"any port, free here": {on6: func(port uint16) error { return map[uint16]error{1000: inUse, 1001: inUse}[port] }, want: []uint16{1002, 1002}},
+		"any port, none free": {on6: func(port uint16) error {
+			if port != 0 {
+				return inUse
+			}
+			return nil
+		}, want: []uint16{1000 + anyPortAttempts - 1}, wantTaken: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			next := uint16(1000)
+			opened, taken, err := localEnd{network: "tcp", port: test.port}.listenPort(both, func(e localEnd, a listenAddress) (localListener, error) {
+				if a.family == "6" {
+					if err := test.on6(e.port); err != nil {
+						return localListener{}, err
+					}
+				}
+				if a.family == "4" && e.port == 0 {
+					e.port = next
+					next++
+				}
+				return localListener{closedAcceptor{}, e}, nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []uint16
+			for _, one := range opened {
+				got = append(got, one.at.port)
+			}
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("ports (-want +got):\n%s", diff)
+			}
+			if len(taken) != test.wantTaken {
+				t.Errorf("taken: %v, want %d", taken, test.wantTaken)
+			}
+		})
+	}
 }
 
 func TestPortForwardToATargetMadeAnew(t *testing.T) {
@@ -850,8 +1024,8 @@ func TestReversePortForward(t *testing.T) {
 		wantRefused(t, strings.Replace(cmd.address(nobody), "web", "127.0.0.1", 1))
 		cmd.says(" -> " + nobody + ": dial tcp " + nobody + ": connect: connection refused")
 	})
-	t.Run("a port that isn't allowed ends the command", func(t *testing.T) {
-		cmd := server.start(nil, "port-forward", "web", ":80", "-R", "1:3000")
+	t.Run("a port that isn't allowed ends the command if there is nothing else", func(t *testing.T) {
+		cmd := server.start(nil, "port-forward", "web", "-R", "1:3000")
 		if code := cmd.wait(); code != 1 {
 			t.Errorf("exit code %d, want 1", code)
 		}
@@ -861,6 +1035,11 @@ func TestReversePortForward(t *testing.T) {
 		if cmd.out.String() != "" {
 			t.Errorf("stdout %q", cmd.out)
 		}
+	})
+	t.Run("a port that isn't allowed leaves the others alone", func(t *testing.T) {
+		cmd := server.start(nil, "port-forward", "web", ":80", "-R", "1:3000")
+		wantEcho(t, "tcp", cmd.address("80"), b)
+		cmd.says("Unable to have target \"web\" listen on port 1: targets.streaming.aaserver.io \"web\" is forbidden: its class opens no such port\n")
 	})
 }
 
@@ -897,6 +1076,9 @@ func TestReversePortForwardFromATargetMadeAnew(t *testing.T) {
 		t.Fatalf("nothing listens any more; stderr %q", cmd.errOut)
 	}
 	wantEcho(t, "tcp", at, b)
+	_, port, _ := net.SplitHostPort(at)
+	cmd.says("Target \"web\" doesn't listen on port " + port + " any more: no longer listening: ")
+	cmd.says("Target \"web\" listens on port " + port + " again.\n")
 	if got := p.sessions(); got != 2 {
 		t.Errorf("%d sessions, want 2", got)
 	}
@@ -924,111 +1106,6 @@ func TestPortForwardOfSeveralTargets(t *testing.T) {
 	wantEcho(t, "tcp", web, b)
 	if strings.Contains(cmd.errOut.String(), "db") {
 		t.Errorf("stderr %q", cmd.errOut)
-	}
-}
-
-func TestPortForwardForScripts(t *testing.T) {
-	noLeaks(t)
-	server := newTestServer(t, process("web"))
-	b := newBackend(t)
-	p := server.servePorts(b)
-	p.listen = func(ctx context.Context, at streaming.Endpoint) (streaming.PortListener, error) {
-		var config net.ListenConfig
-		listener, err := config.Listen(ctx, "tcp4", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		return tcpListener{listener}, nil
-	}
-	pipe := func(t *testing.T) (*os.File, string) {
-		t.Helper()
-		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer w.Close()
-		t.Cleanup(func() { r.Close() })
-		fd, err := syscall.Dup(int(w.Fd())) // the command closes it
-		if err != nil {
-			t.Fatal(err)
-		}
-		return r, fmt.Sprint(fd)
-	}
-
-	t.Run("all that listens is ready, and told as JSON", func(t *testing.T) {
-		r, fd := pipe(t)
-		socket := filepath.Join(t.TempDir(), "x.sock")
-		cmd := server.start(nil, "port-forward", "--address=127.0.0.1", "web/web-0", ":80", socket+":81", ":82/udp", ":/run/app.sock", "-R", "0:3000", "-o", "json", "--ready-fd", fd)
-		line, err := io.ReadAll(r)
-		if err != nil || string(line) != "ready\n" {
-			t.Fatalf("got %q, %v; stderr %q", line, err, cmd.errOut)
-		}
-		var got []announced
-		decoder := json.NewDecoder(strings.NewReader(cmd.out.String()))
-		for decoder.More() {
-			var one announced
-			if err := decoder.Decode(&one); err != nil {
-				t.Fatal(err)
-			}
-			got = append(got, one)
-		}
-		if len(got) != 5 {
-			t.Fatalf("stdout %q", cmd.out)
-		}
-		for i, port := range []*uint16{&got[0].Local.Port, nil, &got[2].Local.Port, &got[3].Local.Port, &got[4].Remote.Port} {
-			if port == nil {
-				continue
-			}
-			if *port == 0 {
-				t.Errorf("no port in %+v", got[i])
-			}
-			if i == 0 {
-				wantEcho(t, "tcp", fmt.Sprintf("127.0.0.1:%d", *port), b)
-			}
-			*port = 1
-		}
-		one := func(direction string, local, remote announcedEnd) announced {
-			return announced{Namespace: "shop", Target: "web", Instance: "web-0", Direction: direction, Local: local, Remote: remote}
-		}
-		want := []announced{
-			one("forward", announcedEnd{"tcp", "127.0.0.1", 1, ""}, announcedEnd{Protocol: "tcp", Port: 80}),
-			one("forward", announcedEnd{Protocol: "unix", Path: socket}, announcedEnd{Protocol: "tcp", Port: 81}),
-			one("forward", announcedEnd{"udp", "127.0.0.1", 1, ""}, announcedEnd{Protocol: "udp", Port: 82}),
-			one("forward", announcedEnd{"tcp", "127.0.0.1", 1, ""}, announcedEnd{Protocol: "unix", Path: "/run/app.sock"}),
-			one("reverse", announcedEnd{"tcp", "localhost", 3000, ""}, announcedEnd{Protocol: "tcp", Port: 1}),
-		}
-		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("stdout (-want +got):\n%s", diff)
-		}
-		cmd.says("Handling connection for ")
-	})
-	t.Run("a port that is taken isn't ready", func(t *testing.T) {
-		r, fd := pipe(t)
-		_, taken, _ := net.SplitHostPort(b.Addr().String())
-		cmd := server.start(nil, "port-forward", "--address=127.0.0.1", "web", ":80", taken+":80", "--ready-fd", fd)
-		if code := cmd.wait(); code != 1 {
-			t.Errorf("exit code %d, want 1", code)
-		}
-		if line, err := io.ReadAll(r); err != nil || len(line) != 0 {
-			t.Errorf("got %q, %v", line, err)
-		}
-		if want := "address already in use"; !strings.Contains(cmd.errOut.String(), want) {
-			t.Errorf("stderr %q lacks %q", cmd.errOut, want)
-		}
-	})
-	for name, test := range map[string]struct{ args, want string }{
-		"a standard stream":               {"--ready-fd=1", "error: --ready-fd=1 is one of the standard streams: expected 3 or more, as in --ready-fd 3 3>file"},
-		"a descriptor that isn't open":    {"--ready-fd=9999", "error: --ready-fd=9999 is not open: open it for the command, as in --ready-fd 9999 9999>file"},
-		"a format that isn't known":       {"--output=yaml", "error: --output=yaml is not known: expected json"},
-		"a reverse forward of nothing":    {"-R=1", "error: invalid reverse forward '1': expected REMOTE_PORT:LOCAL"},
-		"a peer timeout that is no time ": {"--peer-timeout=soon", `invalid argument "soon" for "--peer-timeout" flag`},
-	} {
-		t.Run(name, func(t *testing.T) {
-			cmd := server.start(nil, "port-forward", "web", ":80", test.args)
-			if code := cmd.wait(); code != 1 || !strings.Contains(cmd.errOut.String(), test.want) {
-				t.Errorf("exit code %d, stderr %q, want 1 and %q", code, cmd.errOut, test.want)
-			}
-		})
 	}
 }
 

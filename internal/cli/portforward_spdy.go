@@ -124,6 +124,10 @@ func (t *spdyTunnel) supports(f forward) error {
 	return fmt.Errorf("the server at %s can't %s: this takes the protocol %s, and what could be agreed on is %s", t.host, what, streaming.MuxProtocol, t.protocol)
 }
 
+// check knows nothing to object to: what can be forwarded are ports, and they
+// were named to the server when the session was opened.
+func (*spdyTunnel) check(context.Context, streaming.Endpoint) error { return nil }
+
 // Listen is what the protocol has no way to ask for.
 func (t *spdyTunnel) Listen(_ context.Context, at streaming.Endpoint) (streaming.PortListener, error) {
 	return nil, t.supports(forward{reverse: true, remote: at})

@@ -203,12 +203,15 @@ type remoteListener struct {
 	streaming.PortListener
 	// admit is told of each.
 	admit func()
+	// ended is why there are no more.
+	ended error
 }
 
-func (l remoteListener) Accept() (stream, error) {
+func (l *remoteListener) Accept() (stream, error) {
 	conn, err := l.PortListener.Accept()
 	if err != nil {
 		// It is over, whatever the reason.
+		l.ended = err
 		return nil, fmt.Errorf("%w: %w", net.ErrClosed, err)
 	}
 	l.admit()
@@ -235,6 +238,14 @@ func (e localEnd) String() string {
 		return net.JoinHostPort(e.host, strconv.Itoa(int(e.port)))
 	}
 	return withProtocol(e.network, strconv.Itoa(int(e.port)))
+}
+
+// withProtocol is String with what isn't TCP told where there is an address.
+func (e localEnd) withProtocol() string {
+	if e.network == "udp" && e.host != "" {
+		return withProtocol("udp", e.String())
+	}
+	return e.String()
 }
 
 // kind says what it is as well.
@@ -270,26 +281,58 @@ type localListener struct {
 	at localEnd
 }
 
+// otherHalf is an address of localhost that couldn't be listened on, beside one
+// that could: whoever connects to localhost may reach another program there.
+type otherHalf struct {
+	at  localEnd
+	err error
+}
+
+// anyPortAttempts bounds the search for a port that is free on both addresses of
+// localhost.
+const anyPortAttempts = 10
+
 // listen opens the listeners of one end, with any free port the same one on
 // all addresses.
-func (e localEnd) listen(addresses []listenAddress) (opened []localListener, err error) {
+func (e localEnd) listen(addresses []listenAddress) (opened []localListener, taken []otherHalf, err error) {
 	if e.network == "unix" {
 		listener, err := listenUnix(e.path)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		return []localListener{{streamListener{listener}, e}}, nil
+		return []localListener{{streamListener{listener}, e}}, nil, nil
 	}
+	return e.listenPort(addresses, localEnd.listenAt)
+}
+
+func (e localEnd) listenPort(addresses []listenAddress, listenAt func(localEnd, listenAddress) (localListener, error)) ([]localListener, []otherHalf, error) {
+	for attempt := 1; ; attempt++ {
+		opened, taken, err := e.listenOnce(addresses, listenAt)
+		if e.port != 0 || attempt == anyPortAttempts || err == nil && len(taken) == 0 {
+			return opened, taken, err
+		}
+		// What is free on one address needn't be on the other: another one may.
+		for _, listener := range opened {
+			_ = listener.Close()
+		}
+	}
+}
+
+func (e localEnd) listenOnce(addresses []listenAddress, listenAt func(localEnd, listenAddress) (localListener, error)) (opened []localListener, taken []otherHalf, err error) {
 	var failures []error
 	alternatives, found, fatal := 0, 0, false
 	for _, address := range addresses {
 		if address.alternative {
 			alternatives++
 		}
-		one, err := e.listenAt(address)
+		one, err := listenAt(e, address)
 		if err != nil {
 			failures = append(failures, fmt.Errorf("unable to create listener: Error %w", err))
 			fatal = fatal || !address.alternative
+			// A host that lacks the address has nobody listening on it, either.
+			if address.alternative && address.exists(e.network, listenAt) {
+				taken = append(taken, otherHalf{localEnd{network: e.network, host: address.host, port: e.port}, err})
+			}
 			continue
 		}
 		if address.alternative {
@@ -302,9 +345,20 @@ func (e localEnd) listen(addresses []listenAddress) (opened []localListener, err
 		for _, listener := range opened {
 			_ = listener.Close()
 		}
-		return nil, fmt.Errorf("listeners failed to create with the following errors: %v", failures)
+		return nil, nil, fmt.Errorf("listeners failed to create with the following errors: %v", failures)
 	}
-	return opened, nil
+	return opened, taken, nil
+}
+
+// exists says whether this machine has the address: then it can be listened on,
+// on whatever port.
+func (a listenAddress) exists(network string, listenAt func(localEnd, listenAddress) (localListener, error)) bool {
+	any, err := listenAt(localEnd{network: network}, a)
+	if err != nil {
+		return false
+	}
+	_ = any.Close()
+	return true
 }
 
 func (e localEnd) listenAt(address listenAddress) (localListener, error) {

@@ -257,6 +257,10 @@ type portServer struct {
 	dial   func(ctx context.Context, to streaming.Endpoint) (streaming.PortStream, error)
 	listen func(ctx context.Context, at streaming.Endpoint) (streaming.PortListener, error)
 
+	// check judges endpoints, and judge the ports of a session; both may be nil.
+	check func(ctx context.Context, to streaming.Endpoint) error
+	judge func(ports []int32) *apierrors.StatusError
+
 	// session is called before each session, which may change these.
 	session func()
 
@@ -282,15 +286,18 @@ func (s *testServer) servePorts(b *backend) *portServer {
 		ctx, cancel := context.WithCancelCause(r.Context())
 		defer cancel(nil)
 		p.mu.Lock()
-		refusal := p.refusal
+		refusal, options := p.refusal, decode[v1.TargetPortForwardOptions](s.t, r)
+		if refusal == nil && p.judge != nil {
+			refusal = p.judge(options.Ports)
+		}
 		if refusal == nil {
-			p.seen = append(p.seen, *decode[v1.TargetPortForwardOptions](s.t, r))
+			p.seen = append(p.seen, *options)
 			p.end = append(p.end, cancel)
 			if p.session != nil {
 				p.session()
 			}
 		}
-		backend := streaming.PortForwardBackend{Dial: p.dial, Listen: p.listen}
+		backend := streaming.PortForwardBackend{Dial: p.dial, Check: p.check, Listen: p.listen}
 		p.mu.Unlock()
 		if refusal != nil {
 			writeError(w, refusal)
