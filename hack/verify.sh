@@ -25,10 +25,11 @@ go vet ./... || fail "go vet has complaints"
 echo "staticcheck"
 go list ./... | grep -v /apis/generated/ | xargs go tool staticcheck || fail "staticcheck has complaints"
 
-# Compiled, and not linked: what isn't there on another system is found.
+# Type-checked with its tests, and not linked: what isn't there on another system
+# is found.
 echo "the plugin on other systems"
 for os in darwin windows; do
-  CGO_ENABLED=0 GOOS=$os go build ./internal/cli ./cmd/kubectl-target || fail "the plugin doesn't build for $os"
+  CGO_ENABLED=0 GOOS=$os go vet ./internal/cli/... ./cmd/... || fail "the plugin or its tests don't fit $os"
 done
 
 # The generators write into the tree: they run in a copy, so that a stale file

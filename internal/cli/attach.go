@@ -31,7 +31,7 @@ func newAttachCommand(c *client) *cobra.Command {
 	o := &attachOptions{}
 	instance := ""
 	cmd := &cobra.Command{
-		Use:                   "attach TARGET[/INSTANCE] [--instance INSTANCE] [flags]",
+		Use:                   "attach TARGET[/INSTANCE] [--instance INSTANCE] [options]",
 		DisableFlagsInUseLine: true,
 		Short:                 "Attach to the running process of a target",
 		Long: templates.LongDesc(`

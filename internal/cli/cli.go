@@ -116,6 +116,7 @@ func NewCommand(streams genericiooptions.IOStreams) *cobra.Command {
 		DisableFlagsInUseLine: true,
 		SilenceErrors:         true,
 		SilenceUsage:          true,
+		Args:                  knownCommand,
 		Run:                   func(cmd *cobra.Command, _ []string) { _ = cmd.Help() },
 	}
 	root.SetIn(streams.In)
@@ -151,6 +152,27 @@ func NewCommand(streams genericiooptions.IOStreams) *cobra.Command {
 	root.AddCommand(newVersionCommand(c), newOptionsCommand(c))
 	registerGlobalCompletions(root, c)
 	return root
+}
+
+// knownCommand refuses what is no command: what is kubectl's own to do with
+// targets, with how to say so.
+func knownCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	hint := fmt.Sprintf("See '%s -h' for help and examples", cmd.CommandPath())
+	switch args[0] {
+	case "get", "describe", "delete", "edit", "scale", "patch", "label", "annotate", "wait":
+		hint = fmt.Sprintf("That is for kubectl itself, as in 'kubectl %s target NAME'", args[0])
+	case "create", "apply":
+		hint = fmt.Sprintf("That is for kubectl itself, as in 'kubectl %s -f FILE'", args[0])
+	default:
+		cmd.SuggestionsMinimumDistance = 2
+		if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+			hint = "Did you mean this?\n\t" + strings.Join(near, "\n\t")
+		}
+	}
+	return fmt.Errorf("unknown command %q for %q\n%s", args[0], cmd.CommandPath(), hint)
 }
 
 // displayName puts the name that users type into the one line in which kubectl's

@@ -51,7 +51,7 @@ func newCpCommand(c *client) *cobra.Command {
 	o := &cpOptions{}
 	instance := ""
 	cmd := &cobra.Command{
-		Use:                   "cp [flags] {LOCAL TARGET[/INSTANCE]:PATH | TARGET[/INSTANCE]:PATH LOCAL}",
+		Use:                   "cp [options] {LOCAL TARGET[/INSTANCE]:PATH | TARGET[/INSTANCE]:PATH LOCAL}",
 		DisableFlagsInUseLine: true,
 		Short:                 "Copy files and directories to and from targets",
 		Long: templates.LongDesc(`

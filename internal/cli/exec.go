@@ -21,7 +21,7 @@ func newExecCommand(c *client) *cobra.Command {
 	o := &execOptions{}
 	instance := ""
 	cmd := &cobra.Command{
-		Use:                   "exec TARGET[/INSTANCE] [--instance INSTANCE] [flags] -- COMMAND [args...]",
+		Use:                   "exec TARGET[/INSTANCE] [--instance INSTANCE] [options] -- COMMAND [args...]",
 		DisableFlagsInUseLine: true,
 		Short:                 "Execute a command in a target",
 		Long: templates.LongDesc(`

@@ -48,7 +48,7 @@ func newLogsCommand(c *client) *cobra.Command {
 	o := &logsOptions{tail: -1, stream: "all"}
 	instance := ""
 	cmd := &cobra.Command{
-		Use:                   "logs [-f] [-p] (TARGET[/INSTANCE] | -l SELECTOR) [--instance INSTANCE] [flags]",
+		Use:                   "logs [-f] [-p] (TARGET[/INSTANCE] | -l SELECTOR) [--instance INSTANCE] [options]",
 		DisableFlagsInUseLine: true,
 		Short:                 "Print the logs of a target",
 		Long: templates.LongDesc(`
@@ -75,8 +75,11 @@ func newLogsCommand(c *client) *cobra.Command {
 			UTF-8 has its bytes in base64, too. One of more than 64 KiB comes in several objects,
 			of which all but the last are partial.
 
-			--timestamps and --prefix say what stands before each line: [TARGET/INSTANCE], in
-			colour on a terminal unless NO_COLOR is set.`),
+			--timestamps puts the time before each line, and --prefix [TARGET/INSTANCE], which is in
+			colour on a terminal unless NO_COLOR is set.
+
+			With -p and --all-instances or a selector, instances that had no previous run are named
+			on standard error. It is an error only if none had one.`),
 		Example: templates.Examples(`
 			# Return snapshot logs from the first ready instance of target web
 			kubectl target logs web

@@ -175,7 +175,13 @@ func TestUsageErrors(t *testing.T) {
 			want: "error: unknown flag: --lines\nSee 'kubectl target logs --help' for usage.\n"},
 		"an unknown command": {
 			args: []string{"get"},
-			want: "error: unknown command \"get\" for \"kubectl target\"\n"},
+			want: "error: unknown command \"get\" for \"kubectl target\"\nThat is for kubectl itself, as in 'kubectl get target NAME'\n"},
+		"a mistyped command": {
+			args: []string{"log", "web"},
+			want: "error: unknown command \"log\" for \"kubectl target\"\nDid you mean this?\n\tlogs\n"},
+		"no command at all": {
+			args: []string{"frobnicate"},
+			want: "error: unknown command \"frobnicate\" for \"kubectl target\"\nSee 'kubectl target -h' for help and examples\n"},
 		"a shell that isn't known": {
 			args: []string{"completion", "tcsh"},
 			want: "error: unsupported shell type \"tcsh\": expected one of bash, zsh, fish, powershell\n"},

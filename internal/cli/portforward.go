@@ -91,9 +91,12 @@ func newPortForwardCommand(c *client) *cobra.Command {
 			again. A connection that the target refuses is reported and doesn't end the
 			forwarding.
 
-			UDP, unix sockets and reverse forwards need a server that speaks the mux protocol,
-			through proxies that let WebSockets pass. Unix sockets and reverse forwards have to be
-			allowed by the target's class.`),
+			What the target's class doesn't allow, and a port or socket that can't be listened on, is
+			told at the start. The rest is forwarded, unless --ready-fd is given.
+
+			UDP, unix sockets and reverse forwards need WebSockets to get through to the server:
+			behind a proxy that holds them up, only TCP can be forwarded. Unix sockets and reverse
+			forwards have to be allowed by the target's class, in its spec.ports.`),
 		Example: templates.Examples(`
 			# Listen on ports 5000 and 6000 locally, forwarding data to/from ports 5000 and 6000 in target web
 			kubectl target port-forward web 5000 6000
@@ -152,11 +155,11 @@ func newPortForwardCommand(c *client) *cobra.Command {
 			return o.run(cmd.Context(), c)
 		},
 	}
-	cmd.Flags().StringSliceVar(&addresses, "address", addresses, "Addresses to listen on (comma separated). Only accepts IP addresses or localhost as a value. When localhost is supplied, kubectl will try to bind on both 127.0.0.1 and ::1 and will fail if neither of these addresses are available to bind.")
+	cmd.Flags().StringSliceVar(&addresses, "address", addresses, "Addresses to listen on (comma separated). Only accepts IP addresses or localhost as a value. When localhost is supplied, both 127.0.0.1 and ::1 are listened on. One of them is enough, with a warning if the other is in use.")
 	register(cmd, "address", cobra.NoFileCompletions)
 	cmd.Flags().StringArrayVarP(&reverse, "reverse", "R", nil, "[TARGET[/INSTANCE]=]REMOTE_PORT:LOCAL: have the target's host listen on REMOTE_PORT, and forward its connections to LOCAL, a port, HOST:PORT or the path of a unix socket. May be given more than once.")
 	register(cmd, "reverse", cobra.NoFileCompletions)
-	cmd.Flags().IntVar(&readyFD, "ready-fd", readyFD, "Number of an open file descriptor that gets a line, and is closed, once all ports and sockets listen. With it, one that can't be listened on ends the command.")
+	cmd.Flags().IntVar(&readyFD, "ready-fd", readyFD, "Number of an open file descriptor that gets a line, and is closed, once all ports and sockets listen. With it, one that can't be listened on, or is refused, ends the command.")
 	register(cmd, "ready-fd", cobra.NoFileCompletions)
 	cmd.Flags().StringVarP(&output, "output", "o", output, "Output format. One of: (json). Prints an object for each port and socket that is listened on; everything else goes to stderr.")
 	register(cmd, "output", cobra.FixedCompletions([]string{"json"}, cobra.ShellCompDirectiveNoFileComp))

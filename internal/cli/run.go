@@ -69,7 +69,7 @@ func newRunCommand(c *client) *cobra.Command {
 	// Only what is of use for one object.
 	o.printFlags.TemplatePrinterFlags = nil
 	cmd := &cobra.Command{
-		Use:                   "run NAME [flags] -- COMMAND [args...]",
+		Use:                   "run NAME [options] -- COMMAND [args...]",
 		DisableFlagsInUseLine: true,
 		Short:                 "Create a target that runs a command",
 		Long: templates.LongDesc(`

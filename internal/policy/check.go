@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	v1 "aaserver.io/aaserver/apis/streaming/v1"
@@ -295,6 +296,12 @@ func AllowPortNumber(class *v1.TargetClass, target *v1.Target, port uint16) erro
 		return nil
 	}
 	return err
+}
+
+// RefusedPort names the port of a session's options for which the session is
+// refused, so that a client can do without it.
+func RefusedPort(i int) metav1.StatusCause {
+	return metav1.StatusCause{Type: metav1.CauseTypeForbidden, Field: field.NewPath("ports").Index(i).String()}
 }
 
 // IsSocketPath says whether a path may name a unix socket: it is absolute, is

@@ -15,7 +15,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/util/validation/field"
 	"k8s.io/apiserver/pkg/audit"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/registry/rest"
@@ -114,10 +113,7 @@ func (r *PortForwardREST) Connect(ctx context.Context, name string, options runt
 func refusedPort(i int, err error) error {
 	err = statusError(err)
 	if status, ok := errors.AsType[*apierrors.StatusError](err); ok {
-		status.ErrStatus.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{{
-			Type:  metav1.CauseTypeForbidden,
-			Field: field.NewPath("ports").Index(i).String(),
-		}}}
+		status.ErrStatus.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{policy.RefusedPort(i)}}
 	}
 	return err
 }

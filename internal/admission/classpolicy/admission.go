@@ -11,6 +11,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apiserver/pkg/admission"
 	"k8s.io/apiserver/pkg/admission/initializer"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
@@ -171,13 +172,17 @@ func (p *classPolicy) judge(ctx context.Context, a admission.Attributes, found *
 	if !ok {
 		return nil
 	}
-	for _, port := range opts.Ports {
+	for i, port := range opts.Ports {
 		if port < 1 || port > 65535 {
 			continue // the registry says what is wrong with it
 		}
 		// By which protocol is known with the connection.
 		if err := policy.AllowPortNumber(class, found, uint16(port)); err != nil {
-			return plugin.Forbidden(a, err.Error())
+			refused := plugin.Forbidden(a, err.Error())
+			if status, ok := errors.AsType[*apierrors.StatusError](refused); ok && status.ErrStatus.Details != nil {
+				status.ErrStatus.Details.Causes = []metav1.StatusCause{policy.RefusedPort(i)}
+			}
+			return refused
 		}
 	}
 	return nil
