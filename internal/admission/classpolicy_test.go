@@ -323,6 +323,22 @@ func TestEveryFieldOfTheSpecMatters(t *testing.T) {
 	}
 }
 
+// TestRefusedPortsAreNamed, so that a client can do without them.
+func TestRefusedPortsAreNamed(t *testing.T) {
+	objs := newObjects(standard(nil))
+	objs.targets["shop/web"] = stored(t, process(nil))
+	forward := request{operation: admission.Connect, subresource: "portforward", object: &v1.TargetPortForwardOptions{Ports: []int32{8080, 22}}}
+	err := judge(t, &answers{decision: authorizer.DecisionAllow}, objs, forward).err
+	var status apierrors.APIStatus
+	if !apierrors.IsForbidden(err) || !errors.As(err, &status) {
+		t.Fatalf("got %v, want a Forbidden", err)
+	}
+	want := []metav1.StatusCause{{Type: metav1.CauseTypeForbidden, Field: "ports[1]"}}
+	if diff := cmp.Diff(want, status.Status().Details.Causes); diff != "" {
+		t.Errorf("causes (-want +got):\n%s", diff)
+	}
+}
+
 func TestTargetClassPolicyOnConnects(t *testing.T) {
 	edited := func(change func(*v1.TargetClassSpec)) []any {
 		return []any{standard(func(class *v1.TargetClass) { change(&class.Spec) })}

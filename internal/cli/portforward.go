@@ -341,7 +341,11 @@ func (u unforwarded) String() string {
 	case u.reverse:
 		return fmt.Sprintf("Unable to have target %q listen on port %d: %s", u.target, u.remote.Port, sentence(u.err))
 	case !u.here():
-		return fmt.Sprintf("Unable to forward to %s of target %q: %s", endpointName(u.remote), u.target, sentence(u.err))
+		kind := "port"
+		if u.remote.Network == "unix" {
+			kind = "socket"
+		}
+		return fmt.Sprintf("Unable to forward to %s %s of target %q: %s", kind, endpointName(u.remote), u.target, sentence(u.err))
 	}
 	return fmt.Sprintf("Unable to listen on %s: %v", u.local.kind(), u.err)
 }

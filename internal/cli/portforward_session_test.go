@@ -404,7 +404,7 @@ func TestPortForwardOfPortsThatAreRefused(t *testing.T) {
 			return nil
 		}
 		told := func(what string) string {
-			return fmt.Sprintf("Unable to forward to %s of target \"web\": targets.streaming.aaserver.io \"web\" is forbidden: its class opens no %[1]s\n", what)
+			return fmt.Sprintf("Unable to forward to port %s of target \"web\": targets.streaming.aaserver.io \"web\" is forbidden: its class opens no %[1]s\n", what)
 		}
 		t.Run("the others are forwarded", func(t *testing.T) {
 			cmd := server.start(nil, "port-forward", "web", ":22", ":80", ":23")
