@@ -321,19 +321,9 @@ func (o *runOptions) session(ctx context.Context, c *client, conn *connection, l
 		if !apierrors.IsConflict(err) {
 			return err
 		}
-		if err := pause(waiting, lookEvery); err != nil {
-			return fmt.Errorf("target %s can't be attached to: %w", o.target, err)
+		if !sleep(waiting, lookEvery) {
+			return fmt.Errorf("target %s can't be attached to: %w", o.target, context.Cause(waiting))
 		}
-	}
-}
-
-// pause waits, unless ctx ends: then it returns why.
-func pause(ctx context.Context, duration time.Duration) error {
-	select {
-	case <-time.After(duration):
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
 }
 
@@ -378,8 +368,8 @@ func (c *connection) awaitStart(ctx context.Context, created *v1.Target, instanc
 				last = "it is waiting: " + state.Waiting.Reason
 			}
 		}
-		if err := pause(ctx, lookEvery); err != nil {
-			return nil, fmt.Errorf("%w: %s", err, last)
+		if !sleep(ctx, lookEvery) {
+			return nil, fmt.Errorf("%w: %s", context.Cause(ctx), last)
 		}
 	}
 }
@@ -468,8 +458,8 @@ func (c *connection) remove(ctx context.Context, target *v1.Target) error {
 		case err == nil:
 			last = nil
 		}
-		if err := pause(ctx, lookEvery); err != nil {
-			return errors.Join(err, last)
+		if !sleep(ctx, lookEvery) {
+			return errors.Join(context.Cause(ctx), last)
 		}
 	}
 }
