@@ -15,10 +15,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/registry/rest"
-	"k8s.io/apiserver/pkg/warning"
 	"k8s.io/utils/clock"
 
 	api "aaserver.io/aaserver/apis/streaming"
@@ -105,7 +105,13 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 			return err
 		}
 		if len(without) > 0 {
-			warning.AddWarning(req.Context(), "", "without a log of a previous run: "+enumerated(without, maxWarned))
+			// Not to the recorder of the filters, which the session has left.
+			header, err := utilnet.NewWarningHeader(299, "-", "without a log of a previous run: "+enumerated(without, maxWarned))
+			if err != nil {
+				responder.Error(err)
+				return err
+			}
+			w.Header().Add("Warning", header)
 		}
 		if !opts.AllInstances {
 			w.Header().Set(v1.LogInstanceHeader, instance)
@@ -131,8 +137,7 @@ func (r *LogREST) Connect(ctx context.Context, name string, options runtime.Obje
 	}), nil
 }
 
-// maxWarned is how many instances a warning names. It is sent whole up to 4096
-// characters.
+// maxWarned is how many instances a warning names: a header is no place for many.
 const maxWarned = 50
 
 // openAll opens the logs of instances. Of all that a target has, those that had
