@@ -57,7 +57,7 @@ type link struct {
 	readStart atomic.Int64 // since when Read waits; 0 if nobody reads
 	sendStart atomic.Int64 // since when a write is under way; 0 if none is
 	lastData  atomic.Int64 // when data, not a ping, was last written
-	congested atomic.Int64 // when a write of data had last taken long
+	congested atomic.Int64 // when a write had last taken long, with more to be sent
 	pinged    atomic.Int64 // when the first ping since lastRead was written
 	pinging   atomic.Bool  // a ping is being written
 	// unanswered counts the pings since lastRead.
@@ -169,7 +169,8 @@ func (l *link) write(head, body []byte) error {
 		return context.Cause(l.ctx)
 	}
 	ended := l.now()
-	if ended-began > int64(slowWrite) {
+	// A machine that is busy makes a write take long, too.
+	if ended-began > int64(slowWrite) && (l.tcp == nil || backlogged(l.tcp)) {
 		l.congested.Store(ended)
 	}
 	if len(body) > 0 {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -200,7 +201,7 @@ func rawSessions(opts Options) map[string]rawSession {
 // acknowledge everything, or merely reads no more, is given up within
 // PeerTimeout, on every protocol that has pings.
 func TestDeadClientIsFoundInTime(t *testing.T) {
-	opts := Options{PingInterval: 100 * time.Millisecond, PeerTimeout: time.Second}
+	opts := Options{PingInterval: 100 * time.Millisecond, PeerTimeout: 2 * time.Second}
 	idle := func(ctx context.Context, _ io.Writer) error {
 		<-ctx.Done()
 		return context.Cause(ctx)
@@ -277,6 +278,58 @@ func TestDeadClientIsFoundInTime(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// slowConn is a connection on which a write takes long, and sends nothing.
+type slowConn struct{ *net.TCPConn }
+
+func (c slowConn) Write(p []byte) (int, error) {
+	time.Sleep(slowWrite + 10*time.Millisecond)
+	return len(p), nil
+}
+
+// TestWritesOfABusyMachine: a client is taken for slow, and then believed in for
+// StallTimeout, only if it is the client who is slow.
+func TestWritesOfABusyMachine(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	peer, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	conn, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	tcp := conn.(*net.TCPConn)
+	l := &link{conn: slowConn{tcp}, raw: tcp, tcp: tcp, start: time.Now(), departed: ErrClientGone}
+	l.ctx, l.cancel = context.WithCancelCause(t.Context())
+	defer l.cancel(nil)
+	if err := l.write([]byte("a ping"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if l.congested.Load() != 0 {
+		t.Error("a client is taken for slow that isn't")
+	}
+	// The peer reads nothing: more is written than the kernels hold at its end.
+	tcp.SetWriteDeadline(time.Now().Add(time.Second))
+	for buf := make([]byte, 1<<20); err == nil; {
+		_, err = tcp.Write(buf)
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal(err)
+	}
+	if err := l.write([]byte("a ping"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if l.congested.Load() == 0 {
+		t.Error("a slow client isn't taken for one")
 	}
 }
 
