@@ -281,11 +281,15 @@ func TestDeadClientIsFoundInTime(t *testing.T) {
 	}
 }
 
-// slowConn is a connection on which a write takes long, and sends nothing.
-type slowConn struct{ *net.TCPConn }
+// slowConn is a connection on which a write takes long, by the link's clock, and
+// sends nothing.
+type slowConn struct {
+	*net.TCPConn
+	link *link
+}
 
 func (c slowConn) Write(p []byte) (int, error) {
-	time.Sleep(slowWrite + 10*time.Millisecond)
+	c.link.start = c.link.start.Add(-2 * slowWrite)
 	return len(p), nil
 }
 
@@ -308,7 +312,8 @@ func TestWritesOfABusyMachine(t *testing.T) {
 	}
 	defer conn.Close()
 	tcp := conn.(*net.TCPConn)
-	l := &link{conn: slowConn{tcp}, raw: tcp, tcp: tcp, start: time.Now(), departed: ErrClientGone}
+	l := &link{raw: tcp, tcp: tcp, start: time.Now(), departed: ErrClientGone}
+	l.conn = slowConn{tcp, l}
 	l.ctx, l.cancel = context.WithCancelCause(t.Context())
 	defer l.cancel(nil)
 	if err := l.write([]byte("a ping"), nil); err != nil {

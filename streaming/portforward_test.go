@@ -723,11 +723,7 @@ func TestPortForwardSaysWhenItStands(t *testing.T) {
 			})
 			tc.begin(t, s.URL)
 			if tc.want {
-				for deadline := time.Now().Add(testTimeout); len(begun) == 0; time.Sleep(time.Millisecond) {
-					if time.Now().After(deadline) {
-						t.Fatal("it never stood")
-					}
-				}
+				eventually(t, "a session that stands", func() bool { return len(begun) > 0 })
 			}
 			end()
 			s.result(t)

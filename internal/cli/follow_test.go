@@ -505,9 +505,10 @@ func TestInterruptEndsALogWhoseOutputIsStuck(t *testing.T) {
 	}
 }
 
-func TestLogAloneMayBeFollowed(t *testing.T) {
-	// Who may read logs, and not targets, doesn't know the instances' names.
-	noLeaks(t)
+// logsAlone is a server that lets its user read the log of target web, which has
+// one line, and nothing else.
+func logsAlone(t *testing.T) (*testServer, *logs) {
+	t.Helper()
 	server := newTestServer(t, process("web"))
 	logs := &logs{t: t, logs: map[string]*logOf{}}
 	server.log = logs.serve
@@ -519,6 +520,13 @@ func TestLogAloneMayBeFollowed(t *testing.T) {
 		writeError(w, apierrors.NewForbidden(v1.Resource("targets"), "web", errors.New("no")))
 		return true
 	}
+	return server, logs
+}
+
+func TestLogAloneMayBeFollowed(t *testing.T) {
+	// Who may read logs, and not targets, doesn't know the instances' names.
+	noLeaks(t)
+	server, logs := logsAlone(t)
 	cmd := server.start(nil, "logs", "-f", "web", "--prefix")
 	until(t, "the line", func() bool { return cmd.out.String() == "[web/web-0] one\n" })
 	logs.of("web-0").change(func(l *logOf) { l.cut++ })
@@ -599,17 +607,7 @@ func TestPastThatEndsInTheMiddleOfALine(t *testing.T) {
 // too, is resumed where it was.
 func TestQuietLogAloneIsResumed(t *testing.T) {
 	noLeaks(t)
-	server := newTestServer(t, process("web"))
-	logs := &logs{t: t, logs: map[string]*logOf{}}
-	server.log = logs.serve
-	logs.of("web-0").write(at(1, "one"))
-	server.intercept = func(w http.ResponseWriter, r *http.Request) bool {
-		if strings.HasSuffix(r.URL.Path, "/log") {
-			return false
-		}
-		writeError(w, apierrors.NewForbidden(v1.Resource("targets"), "web", errors.New("no")))
-		return true
-	}
+	server, logs := logsAlone(t)
 	cmd := server.start(nil, "logs", "-f", "web", "--tail=0")
 	until(t, "the stream", func() bool { return len(logs.of("web-0").openings()) == 1 })
 	logs.of("web-0").change(func(l *logOf) { l.cut++ })

@@ -441,7 +441,7 @@ func (f *forwarder) open(ctx context.Context, target *forwardedTarget) (*keeper,
 					continue // it is judged when it listens
 				}
 				err := t.check(ctx, one.remote)
-				if refusal(err) != nil && !transient(err) {
+				if !transient(err) {
 					refuse(err, func(f forward) bool { return f == one })
 				} else if err != nil {
 					return nil, errors.Join(cmp.Or(context.Cause(ctx), err), t.Close())

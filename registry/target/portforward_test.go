@@ -754,11 +754,7 @@ func TestAStreamThatIsGivenUp(t *testing.T) {
 	}
 	await := func(n int) {
 		t.Helper()
-		for deadline := time.Now().Add(30 * time.Second); users() != n; time.Sleep(time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Fatalf("%d streams use the instance, want %d", users(), n)
-			}
-		}
+		waitFor(t, fmt.Sprintf("%d streams that use the instance", n), func() bool { return users() == n })
 	}
 	given := errors.New("the client has given it up")
 	ctx, giveUp := context.WithCancelCause(t.Context())
